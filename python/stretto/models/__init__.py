@@ -1,0 +1,1 @@
+"""Networks assembled from ``stretto.ops``, and the reading of their files."""

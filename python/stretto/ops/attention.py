@@ -1,0 +1,163 @@
+"""Attention over a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stretto.ops import _backend, ref
+from stretto.ops._backend import needs_dispatch
+from stretto.ops._check import F32, I32, I64, check, check_tensors
+from stretto.ops.table import BadCase, Case, Cost, Make, register
+
+PAGES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+def paged(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, cu_q: Tensor, cached: Tensor, scale: float, window: int | None = None,
+    softcap: float | None = None, mask: Tensor | None = None, mask_start: Tensor | None = None, k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None, *, out: Tensor | None = None, num_seqs: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of ragged rows over a paged cache: prefill chunks, decode steps and draft trees in one call.
+
+    Sequence r owns rows cu_q[r] .. cu_q[r + 1], whose keys and values stand in the pages already, behind cached[r] earlier ones. A causal
+    sequence's row i sees positions 0 .. cached + i. A tree's node i stands in slot position cached + i and sees the cached positions and the
+    nodes whose bits are set in its mask row (its ancestors and itself).
+
+    Args:
+        q: [rows, heads, head_dim] float32; rows and heads may be strided. head_dim a multiple of 16.
+        k_pages: [pages, kv_heads, head_dim, page_size], float32 / float16 / bfloat16 / int8: keys are columns, so that a lane is a key.
+        v_pages: [pages, kv_heads, page_size, head_dim] of the same dtype.
+        table: [seqs, n] int32, page of each page_size positions. cu_q: [seqs + 1] int32. cached: [seqs] int32.
+        scale: of the scores, before the softmax. window: a row at position p sees positions > p - window. softcap: scores become
+            softcap * tanh(score / softcap).
+        mask: [mask_rows, words] int64, 64 bits a word, at most 4 words. mask_start: [seqs] int32, first mask row of the sequence; -1: causal.
+        k_scales, v_scales: [pages, kv_heads, page_size] float32, with int8 pages only: value = int8 * scale.
+        out: [rows, heads, head_dim] float32, written instead of a new tensor. num_seqs: [1] int32, sequences in use; for captured steps.
+    Returns: [rows, heads, head_dim] float32. A row's bits depend on its own query and visible keys alone: not on other rows, page size,
+        chunks, threads, nor on whether it came as a chain or as a tree node. Rows of no sequence are not written where `out` is given.
+    Raises: ValueError naming the argument; NotImplementedError for a head_dim that is no multiple of 16.
+    Source: online softmax, arXiv 1805.02867; pages, arXiv 2309.06180. Reference: ops.ref.attention.paged. Bound by memory (decode), compute.
+    """
+    if out is None and num_seqs is None and needs_dispatch(q, k_pages, v_pages):
+        result: Tensor = torch.ops.stretto.paged_attention(
+            q, k_pages, v_pages, table, cu_q, cached, scale, window, softcap, mask, mask_start, k_scales, v_scales
+        )
+        return result
+    return _paged(q, k_pages, v_pages, table, cu_q, cached, scale, window, softcap, mask, mask_start, k_scales, v_scales, out=out, num_seqs=num_seqs)
+
+
+def _paged(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, cu_q: Tensor, cached: Tensor, scale: float, window: int | None = None,
+    softcap: float | None = None, mask: Tensor | None = None, mask_start: Tensor | None = None, k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None, *, out: Tensor | None = None, num_seqs: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    check_tensors(
+        "attention.paged", q=(q, "rows heads head_dim", F32), k_pages=(k_pages, "pages kv_heads head_dim page_size", PAGES),
+        v_pages=(v_pages, "pages kv_heads page_size head_dim", (k_pages.dtype,)), table=(table, "seqs _", I32), cu_q=(cu_q, "_", I32),
+        cached=(cached, "seqs", I32), mask=(mask, "_ _", I64), mask_start=(mask_start, "seqs", I32),
+        k_scales=(k_scales, "pages kv_heads page_size", F32), v_scales=(v_scales, "pages kv_heads page_size", F32),
+        out=(out, "rows heads head_dim", F32), num_seqs=(num_seqs, "1", I32),
+    )  # fmt: skip
+    heads, kv_heads, head_dim = q.shape[1], k_pages.shape[1], q.shape[2]
+    check(kv_heads > 0 and heads % kv_heads == 0, f"attention.paged: q: {heads} heads, expected a multiple of the {kv_heads} in k_pages")
+    check(cu_q.shape[0] == cached.shape[0] + 1, f"attention.paged: cu_q: {cu_q.shape[0]} values, expected {cached.shape[0] + 1}")
+    check(scale == scale and abs(scale) < float("inf"), f"attention.paged: scale: {scale}, expected a finite number")
+    check(window is None or window >= 1, f"attention.paged: window: {window}, expected at least 1")
+    check(softcap is None or 0 < softcap < float("inf"), f"attention.paged: softcap: {softcap}, expected above 0")
+    check((k_pages.dtype == torch.int8) == (k_scales is not None), "attention.paged: k_scales: expected with int8 pages, and only then")
+    if head_dim % 16 and q.shape[0]:
+        raise NotImplementedError(f"attention.paged: head_dim: {head_dim}, expected a multiple of 16; ops.ref.attention.paged takes any")
+    if _backend.use_reference("paged_attention", q):
+        result = ref.attention.paged(q, k_pages, v_pages, table, cu_q, cached, scale, window, softcap, mask, mask_start, k_scales, v_scales)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = torch.zeros(q.shape, dtype=torch.float32)
+    _backend._C.paged_attention(  # type: ignore[union-attr]
+        q if q.stride(-1) == 1 else q.contiguous(), k_pages, v_pages, table, cu_q, cached, scale, window or 0, softcap or 0.0, mask, mask_start,
+        k_scales, v_scales, out, num_seqs,
+    )  # fmt: skip
+    return out
+
+
+def make_paged(
+    make: Make, lengths: list[tuple[int, int]], *, heads: int = 3, kv_heads: int = 1, head_dim: int = 64, page_size: int = 16,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, ...]:
+    """(q, k_pages, v_pages, table, cu_q, cached, scale) of sequences with (cached, new) rows; pages are shuffled, unused slots hold NaN."""
+    need = [-(-(c + n) // page_size) for c, n in lengths]
+    order = torch.randperm(sum(need) + 2, generator=make.generator).to(torch.int32)
+    width = max(need, default=0) + 1
+    table = torch.full((len(lengths), width), 2**31 - 1, dtype=torch.int32)  # page ids behind the used part must not be followed
+    poison = 0 if dtype == torch.int8 else float("nan")
+    k_pages = torch.full((len(order), kv_heads, head_dim, page_size), poison).to(dtype)
+    v_pages = torch.full((len(order), kv_heads, page_size, head_dim), poison).to(dtype)
+    taken = 0
+    for r, (c, n) in enumerate(lengths):
+        table[r, : need[r]] = order[taken : taken + need[r]]
+        taken += need[r]
+        positions = torch.arange(c + n)
+        page, offset = table[r, positions // page_size].long(), positions % page_size
+        k_pages[page, :, :, offset] = make.randn(c + n, kv_heads, head_dim).to(dtype)
+        v_pages[page, :, offset, :] = make.randn(c + n, kv_heads, head_dim).to(dtype)
+    cu_q = torch.tensor([0, *torch.tensor([n for _, n in lengths]).cumsum(0).tolist()] if lengths else [0], dtype=torch.int32)
+    q = make.randn(int(cu_q[-1]), heads, head_dim)
+    return q, k_pages, v_pages, table, cu_q, torch.tensor([c for c, _ in lengths], dtype=torch.int32), head_dim**-0.5  # type: ignore[return-value]
+
+
+def _cases(make: Make) -> Iterator[Case]:
+    ragged = [(0, 1), (37, 1), (5, 19), (0, 0), (290, 3)]
+    for dtype in PAGES[:3]:
+        yield Case(f"ragged-{dtype}", make_paged(make, ragged, dtype=dtype))
+    for page_size in (1, 7, 16, 32, 64, 256):
+        yield Case(f"page-{page_size}", make_paged(make, ragged, page_size=page_size))
+    for heads, kv_heads, head_dim in [(4, 4, 64), (8, 1, 80), (2, 1, 96), (6, 2, 128), (4, 1, 256)]:
+        yield Case(f"heads-{heads}-{kv_heads}-{head_dim}", make_paged(make, [(20, 5), (0, 33)], heads=heads, kv_heads=kv_heads, head_dim=head_dim))
+    yield Case("window", (*make_paged(make, ragged), 24))
+    yield Case("softcap", (*make_paged(make, ragged), None, 20.0))
+    yield Case("empty", make_paged(make, []))
+
+
+def _bad_cases(make: Make) -> Iterator[BadCase]:
+    args = make_paged(make, [(20, 5)])
+    q, k_pages, v_pages, table, cu_q, cached, scale = args
+    yield BadCase("rank", (q[0], *args[1:]), "attention.paged: q: shape")
+    yield BadCase("head_dim", (q[..., :48], *args[1:]), "attention.paged: k_pages: shape")
+    yield BadCase("page-id", (q, k_pages, v_pages, table + 99, cu_q, cached, scale), "attention.paged: table: page")
+    yield BadCase("cached", (q, k_pages, v_pages, table, cu_q, cached + 1000, scale), "attention.paged: cached: 1025 positions")
+    yield BadCase("negative", (q, k_pages, v_pages, table, cu_q, cached - 21, scale), "attention.paged: cached: -1")
+    yield BadCase("cu_q", (q, k_pages, v_pages, table, cu_q + 1, cached, scale), "attention.paged: cu_q: rows")
+    yield BadCase("scale", (*args[:6], float("nan")), "attention.paged: scale: nan")
+    yield BadCase("window", (*args, 0), "attention.paged: window: 0")
+
+
+def _cost(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, cu_q: Tensor, cached: Tensor, scale: float, *_: object) -> Cost:
+    kv_heads, head_dim = k_pages.shape[1], q.shape[2]
+    rows = cu_q.diff().tolist()
+    keys = [c + n for c, n in zip(cached.tolist(), rows, strict=True)]
+    visible = sum(n * c + n * (n + 1) // 2 for c, n in zip(cached.tolist(), rows, strict=True))
+    return Cost(2 * q.nbytes + 2 * sum(keys) * kv_heads * head_dim * k_pages.dtype.itemsize, 4 * q.shape[1] * head_dim * visible)
+
+
+def _bench_cases(make: Make) -> Iterator[Case]:
+    for name, lengths in [("decode 1 x 4096", [(4095, 1)]), ("decode 8 x 1024", [(1023, 1)] * 8), ("prefill 2048", [(0, 2048)])]:
+        yield Case(f"SmolLM2-135M {name}", make_paged(make, lengths, heads=9, kv_heads=3))
+
+
+register(
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor cu_q, Tensor cached, float scale, int? window=None, "
+    "float? softcap=None, Tensor? mask=None, Tensor? mask_start=None, Tensor? k_scales=None, Tensor? v_scales=None) -> Tensor",
+    _paged,
+    function=paged,
+    reference=ref.attention.paged,
+    fake=lambda q, *_, **__: q.new_empty(q.shape),
+    cases=_cases,
+    bad_cases=_bad_cases,
+    bench_cases=_bench_cases,
+    cost=_cost,
+    bound="memory",
+    tolerance=4.0,  # exp here has 2 ulps, torch's sums over keys are pairwise
+    source="arXiv 1805.02867, 2309.06180",
+)

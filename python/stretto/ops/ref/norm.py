@@ -1,0 +1,18 @@
+"""References of the norm family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """x [rows, width] * weight [width] / sqrt(mean(x^2) + eps) (+ residual)."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
+    return (normed if residual is None else residual.to(wide.dtype) + normed).to(x.dtype)
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [n, width] at rows [m]."""
+    return x[rows.long()]

@@ -1,0 +1,69 @@
+"""References of the tree family: one node after the other, as the definitions read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def valid(parent: list[int], n: int) -> bool:
+    """Whether the first n slots form a draft tree: parent[0] = -1, 0 <= parent[i] < i."""
+    return 0 <= n <= len(parent) and (n == 0 or parent[0] == -1) and all(0 <= parent[i] < i for i in range(1, n))
+
+
+def ancestor_mask(parent: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """(mask int64 [B, N, ceil(N/64)], depth int32 [B, N])."""
+    batch, nodes = parent.shape
+    ancestors = torch.zeros(batch, nodes, (nodes + 63) // 64 * 64, dtype=torch.bool)
+    depth = torch.zeros(batch, nodes, dtype=torch.int32)
+    for b, (row, count) in enumerate(zip(parent.tolist(), n.tolist(), strict=True)):
+        if not valid(row, count):
+            depth[b] = -1
+            continue
+        for i in range(count):
+            if i:
+                ancestors[b, i] = ancestors[b, row[i]]
+                depth[b, i] = depth[b, row[i]] + 1
+            ancestors[b, i, i] = True
+    bits = ancestors.view(batch, nodes, (nodes + 63) // 64, 64).long() << torch.arange(64)
+    return bits.sum(-1).to(parent.device), depth.to(parent.device)
+
+
+def walk(next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
+    """(path int32 [B, N], accepted int32 [B], bonus int32 [B])."""
+    path = torch.full_like(next, -1)
+    accepted, bonus = torch.full_like(n, -1), torch.full_like(n, -1)
+    for b, count in enumerate(n.tolist()):
+        parents, token, wish = parent[b].tolist(), tokens[b].tolist(), next[b].tolist()
+        if not valid(parents, count):
+            continue
+        accepted[b] = 0
+        if count == 0:
+            continue
+        nodes = [0]
+        while child := next_child(nodes[-1], wish[nodes[-1]], token, parents, count):
+            nodes.append(child)
+        path[b, : len(nodes)] = torch.tensor(nodes)
+        accepted[b], bonus[b] = len(nodes) - 1, max(wish[nodes[-1]], -1)
+    return path, accepted, bonus
+
+
+def next_child(node: int, token: int, tokens: list[int], parent: list[int], n: int) -> int:
+    """The first child of node that carries token, or 0."""
+    return next((i for i in range(node + 1, n) if parent[i] == node and tokens[i] == token and token >= 0), 0)
+
+
+def select_top(scores: Tensor, parent: Tensor, keep: int) -> Tensor:
+    """int32 [B, keep]: kept candidates rising, -1 behind."""
+    out = torch.full((scores.shape[0], keep), -1, dtype=torch.int32, device=scores.device)
+    for b, (score, parents) in enumerate(zip(scores.tolist(), parent.tolist(), strict=True)):
+        count = len(parents)
+        if count == 0 or parents[0] != -1 or any(not -1 <= parents[i] < i for i in range(1, count)):
+            continue
+        least = [float("inf")]
+        for i in range(1, count):
+            least.append(min(score[i], least[parents[i]]) if parents[i] >= 0 and score[i] == score[i] else float("-inf"))
+        ranked = sorted((i for i in range(1, count) if least[i] > float("-inf")), key=lambda i: (-least[i], i))
+        chosen = sorted([0, *ranked[: keep - 1]])
+        out[b, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return out

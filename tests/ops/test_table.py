@@ -1,0 +1,51 @@
+"""What every op of the table must do: equal its reference, refuse bad input by name, leave inputs alone, and not depend on threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import stretto.ops as ops
+from stretto.ops.table import OPS, Case, Make
+from tests.oracle import assert_close_to_oracle, copies, same_bits, tensors_of, to_double
+
+LEGAL = [pytest.param(op, case, id=f"{op.name}-{case.id}") for op in OPS.values() for case in op.cases(Make())]
+ILLEGAL = [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in OPS.values() for bad in op.bad_cases(Make())]
+
+
+def call(function, case: Case, convert=lambda values: values):
+    """Results of a call on copies of the case's tensors, followed by those copies: what an op changes is compared like what it returns."""
+    args, kwargs = convert(copies(case.args)), convert(copies(dict(case.kwargs)))
+    result = function(*args, **kwargs)
+    results = result if isinstance(result, tuple | list) else (result,)
+    return [r for r in results if isinstance(r, Tensor)] + list(tensors_of(Case("", args, kwargs)))
+
+
+@pytest.mark.parametrize(("op", "case"), LEGAL)
+def test_matches_reference(op, case: Case, isa):
+    oracle = call(op.reference, case, to_double)
+    assert_close_to_oracle(call(op.function, case), oracle, call(op.reference, case), times=op.tolerance)
+
+
+@pytest.mark.parametrize(("op", "case"), LEGAL)
+def test_threads_do_not_change_bits(op, case: Case):
+    runs = []
+    for threads in (1, 2):
+        ops.set_num_threads(threads)
+        runs.append(call(op.function, case))
+    for one, two in zip(*runs, strict=True):
+        assert same_bits(one, two)
+
+
+@pytest.mark.parametrize(("op", "bad"), ILLEGAL)
+def test_refuses_bad_input(op, bad):
+    with pytest.raises(bad.error) as caught:
+        op.function(*bad.args, **bad.kwargs)
+    assert bad.message in str(caught.value)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_opcheck(op):
+    case = next(c for c in op.cases(Make()) if all(t.numel() for t in tensors_of(c)))
+    torch.library.opcheck(getattr(torch.ops.stretto, op.name).default, case.args, dict(case.kwargs))
