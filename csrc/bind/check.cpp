@@ -36,12 +36,18 @@ bool is_negated(PyObject* tensor) {
   return answer.ptr() != Py_False;
 }
 
+bool has_memory(const DLTensor& dl) {
+  if (dl.data) return true;
+  for (int i = 0; i < dl.ndim; ++i) if (dl.shape[i] == 0) return true;
+  return false;
+}
+
 bool fits(PyObject* argument, PyObject* sizes, DLDevice& device, bool& has_device) {
   if (!PyTuple_Check(argument) || PyTuple_GET_SIZE(argument) != 3) return false;
   PyObject* tensor = PyTuple_GET_ITEM(argument, 0);
   if (tensor == Py_None) return true;
   DLTensor dl;
-  if (!borrow_tensor(tensor, dl)) return false;
+  if (!borrow_tensor(tensor, dl) || !has_memory(dl)) return false;
   const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name_dtype));
   if (!dtype || !contains(PyTuple_GET_ITEM(argument, 2), dtype.ptr())) return false;
   if ((dl.dtype.code == kDLFloat || dl.dtype.code == kDLBfloat) && is_negated(tensor)) return false;

@@ -57,7 +57,10 @@ DISGUISES = {
     "numpy": ("return t.float().numpy()", "return False"),
     "list": ("return t.tolist()", "return False"),
     "string": ("return 'x'", "return False"),
-    "meta": ("return t.to('meta')", "return False"),
+    "meta": (
+        "return t.to('meta')",
+        "return all(r.is_meta for r in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(r, torch.Tensor))",
+    ),
     "sparse": ("return t.to_sparse()", "return False"),
     "complex": ("return t.to(torch.complex64)", "return False"),
     "float64": ("return t.double() if t.is_floating_point() else t.to(torch.int16)", "return False"),

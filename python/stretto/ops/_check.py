@@ -28,8 +28,8 @@ def check_tensors(op: str, **tensors: tuple[Tensor | None, str, Sequence[torch.d
         op: name for messages.
         tensors: name=(tensor, "rows width", dtypes). A word in the shape binds a size at its first use and must agree afterwards; a number
             must be equal; "_" is free. A tensor of None is skipped. Tensors must share one device.
-    Raises: TypeError for what is no tensor, ValueError("op: argument: got, expected") for rank, size, dtype, device and lazily negated views,
-        whose sign the native module cannot see.
+    Raises: TypeError for what is no tensor, ValueError("op: argument: got, expected") for rank, size, dtype, device, freed storage
+        (torch itself would read it) and lazily negated views, whose sign the native module cannot see.
     """
     sizes: dict[str, int] = {}
     device: torch.device | None = None
@@ -41,6 +41,8 @@ def check_tensors(op: str, **tensors: tuple[Tensor | None, str, Sequence[torch.d
         if tensor.dtype not in dtypes:
             expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise ValueError(f"{op}: {name}: {str(tensor.dtype).removeprefix('torch.')}, expected {expected}")
+        if tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise ValueError(f"{op}: {name}: its storage was freed, expected {tensor.numel()} elements")
         if tensor.is_neg():
             raise ValueError(f"{op}: {name}: a lazily negated view, expected plain values (call resolve_neg)")
         words = shape.split()
@@ -62,6 +64,11 @@ def check_tensors(op: str, **tensors: tuple[Tensor | None, str, Sequence[torch.d
 
 if _backend._C is not None:  # the same function; correct calls are recognised in C++
     check_tensors = _backend._C.quick_check(check_tensors)
+
+
+def dtype_as(t: object) -> tuple[torch.dtype, ...]:
+    """The dtypes check_tensors may accept for a tensor that must be like `t`; none where `t`, which is checked first, is no tensor."""
+    return (t.dtype,) if isinstance(t, Tensor) else ()
 
 
 def rows_contiguous(t: Tensor) -> Tensor:

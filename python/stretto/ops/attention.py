@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
-from stretto.ops._check import F32, I32, I64, check, check_tensors
+from stretto.ops._check import F32, I32, I64, check, check_tensors, dtype_as
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
 PAGES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -56,7 +56,7 @@ def _paged(
 ) -> Tensor:  # fmt: skip
     check_tensors(
         "attention.paged", q=(q, "rows heads head_dim", F32), k_pages=(k_pages, "pages kv_heads head_dim page_size", PAGES),
-        v_pages=(v_pages, "pages kv_heads page_size head_dim", (k_pages.dtype,)), table=(table, "seqs _", I32), cu_q=(cu_q, "_", I32),
+        v_pages=(v_pages, "pages kv_heads page_size head_dim", dtype_as(k_pages)), table=(table, "seqs _", I32), cu_q=(cu_q, "_", I32),
         cached=(cached, "seqs", I32), mask=(mask, "_ _", I64), mask_start=(mask_start, "seqs", I32),
         k_scales=(k_scales, "pages kv_heads page_size", F32), v_scales=(v_scales, "pages kv_heads page_size", F32),
         out=(out, "rows heads head_dim", F32), num_seqs=(num_seqs, "1", I32),

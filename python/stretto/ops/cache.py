@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
-from stretto.ops._check import F32, FLOATS, I32, check, check_tensors
+from stretto.ops._check import F32, FLOATS, I32, check, check_tensors, dtype_as
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
 CACHE_DTYPES = (*FLOATS, torch.int8)
@@ -67,7 +67,7 @@ def _checked(
     sizes = check_tensors(
         op,
         k=(k, "layers pages kv_heads head_dim page_size", CACHE_DTYPES),
-        v=(v, "layers pages kv_heads page_size head_dim", (k.dtype,)),
+        v=(v, "layers pages kv_heads page_size head_dim", dtype_as(k)),
         src=(src, "pairs", I32),
         dst=(dst, "pairs", I32),
         k_scales=(k_scales, "layers pages kv_heads page_size", F32),

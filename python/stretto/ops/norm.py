@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
-from stretto.ops._check import F32, FLOATS, I32, check_tensors, rows_contiguous
+from stretto.ops._check import F32, FLOATS, I32, check_tensors, dtype_as, rows_contiguous
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
 
@@ -40,8 +40,8 @@ def _rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, out: Tensor | None = None, num_rows: Tensor | None = None
 ) -> Tensor:
     check_tensors(
-        "rms_norm", x=(x, "rows width", FLOATS), weight=(weight, "width", F32), residual=(residual, "rows width", (x.dtype,)),
-        out=(out, "rows width", (x.dtype,)), num_rows=(num_rows, "1", I32),
+        "rms_norm", x=(x, "rows width", FLOATS), weight=(weight, "width", F32), residual=(residual, "rows width", dtype_as(x)),
+        out=(out, "rows width", dtype_as(x)), num_rows=(num_rows, "1", I32),
     )  # fmt: skip
     if not 0 <= eps < math.inf:  # spelt out: formatting a float for a message that is not needed costs as much as a small kernel
         raise ValueError(f"rms_norm: eps: {eps}, expected finite and at least 0")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stretto.ops import _backend, ref
-from stretto.ops._check import F32, I32, check, check_tensors
+from stretto.ops._check import F32, I32, check, check_tensors, dtype_as
 from stretto.ops.attention import PAGES
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
@@ -111,7 +111,7 @@ def _append(
 ) -> None:  # fmt: skip
     check_tensors(
         "rope.append", qkv=(qkv, "rows _", F32), positions=(positions, "rows", I32), slots=(slots, "rows", I32), cos_sin=(cos_sin, "_ _", F32),
-        k_pages=(k_pages, "pages kv_heads head_dim page_size", PAGES), v_pages=(v_pages, "pages kv_heads page_size head_dim", (k_pages.dtype,)),
+        k_pages=(k_pages, "pages kv_heads head_dim page_size", PAGES), v_pages=(v_pages, "pages kv_heads page_size head_dim", dtype_as(k_pages)),
         q_norm=(q_norm, "head_dim", F32), k_norm=(k_norm, "head_dim", F32), k_scales=(k_scales, "pages kv_heads page_size", F32),
         v_scales=(v_scales, "pages kv_heads page_size", F32), num_rows=(num_rows, "1", I32),
     )  # fmt: skip
