@@ -18,22 +18,38 @@
 namespace stretto {
 namespace {
 
-// One piece of work that a team shares; `next` hands out its tasks.
+// One piece of work that a team shares. Each thread first takes the tasks of its own share, one after the other, so that what it
+// reads is one stream that the hardware prefetches; a thread that is through helps the others with theirs.
 struct Job {
+  static constexpr int kShares = 64;
+  struct alignas(64) Share { std::atomic<int64_t> next{0}; int64_t end = 0; };
+
   void (*task)(void*, int64_t) = nullptr;
   void* context = nullptr;
-  int64_t count = 0;
-  std::atomic<int64_t> next{0};
+  int shares = 1;
+  Share share[kShares];
   std::exception_ptr error;
   std::mutex error_mutex;
 
-  void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      try {
-        task(context, i);
-      } catch (...) {
-        std::lock_guard lock(error_mutex);
-        if (!error) error = std::current_exception();
+  Job(void (*f)(void*, int64_t), void* c, int64_t count, int threads) : task(f), context(c), shares(threads < kShares ? threads : kShares) {
+    for (int i = 0; i < shares; ++i) {
+      share[i].next.store(count * i / shares, std::memory_order_relaxed);
+      share[i].end = count * (i + 1) / shares;
+    }
+  }
+
+  void work(int thread) {
+    for (int i = 0; i < shares; ++i) {
+      Share& s = share[(thread + i) % shares];
+      while (s.next.load(std::memory_order_relaxed) < s.end) {
+        const int64_t t = s.next.fetch_add(1, std::memory_order_relaxed);
+        if (t >= s.end) break;
+        try {
+          task(context, t);
+        } catch (...) {
+          std::lock_guard lock(error_mutex);
+          if (!error) error = std::current_exception();
+        }
       }
     }
   }
@@ -54,13 +70,13 @@ struct Team {
     if (++spins < 2000) __builtin_ia32_pause();
     else sched_yield();
   }
-  void help() {
+  void help(int thread) {
     for (uint64_t seen = 0;;) {
       int spins = 0;
       while (epoch.load(std::memory_order_acquire) == seen) relax(spins);
       ++seen;
       if (stop) return;
-      job->work();
+      job->work(thread);
       arrived.fetch_add(1, std::memory_order_release);
     }
   }
@@ -68,7 +84,7 @@ struct Team {
     job = &j;
     arrived.store(0, std::memory_order_relaxed);
     epoch.fetch_add(1, std::memory_order_release);
-    j.work();
+    j.work(0);
     int spins = 0;
     while (arrived.load(std::memory_order_acquire) != helpers) relax(spins);
   }
@@ -158,22 +174,23 @@ void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context) {
     for (int64_t i = 0; i < count; ++i) task(context, i);
     return;
   }
-  Job job;
-  job.task = task, job.context = context, job.count = count;
   if (current_team) {
     InsideTask guard;
+    Job job(task, context, count, current_team->helpers + 1);
     current_team->run(job);
+    if (job.error) std::rethrow_exception(job.error);
   } else {
     // All threads, however few the tasks: libgomp ends the threads that a smaller region leaves over and starts them anew
     // for the next larger one, which costs far more than waking one that finds nothing to do.
     const int threads = num_threads();
+    Job job(task, context, count, threads);
 #pragma omp parallel num_threads(threads)
     {
       InsideTask guard;
-      job.work();
+      job.work(omp_get_thread_num());
     }
+    if (job.error) std::rethrow_exception(job.error);
   }
-  if (job.error) std::rethrow_exception(job.error);
 }
 
 void with_team(int n, void (*body)(void*), void* context) {
@@ -203,7 +220,7 @@ void with_team(int n, void (*body)(void*), void* context) {
       team.dismiss();
     } else {
       InsideTask guard;
-      team.help();
+      team.help(omp_get_thread_num());
     }
   }
   if (error) std::rethrow_exception(error);

@@ -1,6 +1,8 @@
 // One block of rows against one split of keys: where keys and values are, which rows see which, and the order of the work.
 // For *_cpu.cpp only.
 #pragma once
+#include <new>
+
 #include "common/parallel.h"
 #include "kernels/attention/attention_row.h"
 #include "kernels/attention/paged_attention.h"
@@ -22,8 +24,9 @@ struct Sequence {
 
 inline constexpr int kMaxNodes = 256;  // of a tree; mask_words is at most 4
 
-// Queries [first, first + count) of a sequence, all heads of one kv head's group. part: where its parts are, -1 if it is not cut.
-struct Block { int32_t seq, kv_head, first, count, split_begin, split_end; int64_t part, row; };
+// Queries [first, first + count) of a sequence, all heads of the groups of kv_heads kv heads. part: where its parts are, -1 if it is
+// not cut; the parts of a split stand kv head by kv head.
+struct Block { int32_t seq, kv_head, kv_heads, first, count, split_begin, split_end; int64_t part, row; };
 
 STRETTO_INLINE Sequence sequence_of(const PagedAttentionParams& p, int64_t r) {
   int64_t begin = p.cu_q[r], end = p.cu_q[r + 1];
@@ -40,9 +43,9 @@ STRETTO_INLINE Sequence sequence_of(const PagedAttentionParams& p, int64_t r) {
   return s;
 }
 
-STRETTO_INLINE float* output_row(const PagedAttentionParams& p, const Sequence& s, const Block& b, int64_t row) {
+STRETTO_INLINE float* output_row(const PagedAttentionParams& p, const Sequence& s, const Block& b, int64_t kv_head, int64_t row) {
   const int64_t group = p.heads / p.kv_heads;
-  return p.out + (s.first_row + b.first + row / group) * p.out_row + (b.kv_head * group + row % group) * p.head_dim;
+  return p.out + (s.first_row + b.first + row / group) * p.out_row + (kv_head * group + row % group) * p.head_dim;
 }
 
 // Parts of the rows of a block for one split: acc [rows, head_dim], then m and l [rows].
@@ -56,39 +59,50 @@ STRETTO_INLINE Part part_of(float* parts, int64_t rows, int64_t head_dim, int64_
 struct RowKeys { int32_t begin, shared, end; };
 struct TileRows { int32_t first, count; };
 
+// The rows of a block for one kv head.
 template <class T> class Worker {
  public:
-  Worker(const PagedAttentionParams& params, const Sequence& sequence, const Block& block) : p(params), seq(sequence), b(block) {
+  Worker(const PagedAttentionParams& params, const Sequence& sequence, const Block& block, int64_t head, char* memory)
+      : p(params), seq(sequence), b(block), kv_head(head) {
     group = p.heads / p.kv_heads;
     rows = b.count * group;
     num_tiles = static_cast<int>((rows + kTileRows - 1) / kTileRows);
     convert = rows >= kConvertRows && sizeof(T) != sizeof(float);
     gather = p.page_size % kLanes != 0;
-    place_scratch();
+    place_scratch(memory);
     for (int64_t r = 0; r < rows; ++r) keys[r] = row_keys(b.first + r / group);
     pack_queries();
   }
 
-  // All splits in order, joined, written out.
-  void whole_block() {
-    float* total = joined;
-    float* total_m = total + rows * p.head_dim;
-    for (int64_t r = 0; r < rows; ++r) total_m[r] = -__builtin_inff(), total_m[rows + r] = 0.f;
-    for (int32_t split = b.split_begin; split < b.split_end; ++split) {
-      one_split(split, current);
-      for (int64_t r = 0; r < rows; ++r) {
-        Part into = part_of(total, rows, p.head_dim, r);
-        merge(into, part_of(current, rows, p.head_dim, r), p.head_dim);
-        total_m[r] = into.m, total_m[rows + r] = into.l;
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) finish(part_of(total, rows, p.head_dim, r), p.head_dim, output_row(p, seq, b, r));
+  static int64_t scratch_floats(const PagedAttentionParams& p, int64_t rows) {
+    return rows * p.head_dim + 2 * rows * kRowStride + 2 * part_floats(rows, p.head_dim) + kChunk * p.head_dim + 4 * kRowStride;
+  }
+  static int64_t scratch_bytes(const PagedAttentionParams& p, int64_t rows) {
+    const int64_t pointers = kSplit / kLanes + kSplit + 2 * kRowStride;
+    return (scratch_floats(p, rows) * 4 + pointers * 8 + 2 * rows * static_cast<int64_t>(sizeof(RowKeys)) + 63) / 64 * 64;
   }
 
-  void one_split(int32_t split, float* parts) {
+  void begin_block() {
+    float* total_m = joined + rows * p.head_dim;
+    for (int64_t r = 0; r < rows; ++r) total_m[r] = -__builtin_inff(), total_m[rows + r] = 0.f;
+  }
+  void join_split() {
+    float* total_m = joined + rows * p.head_dim;
+    for (int64_t r = 0; r < rows; ++r) {
+      Part into = part_of(joined, rows, p.head_dim, r);
+      merge(into, part_of(current, rows, p.head_dim, r), p.head_dim);
+      total_m[r] = into.m, total_m[rows + r] = into.l;
+    }
+  }
+  void finish_block() {
+    for (int64_t r = 0; r < rows; ++r) finish(part_of(joined, rows, p.head_dim, r), p.head_dim, output_row(p, seq, b, kv_head, r));
+  }
+
+  // A split is taken in four stages, so that the caller can walk the kv heads of a chunk of keys in the order of memory.
+  void begin_split(int32_t split) {
     base = int64_t(split) * kSplit;
-    int first = kSplit, last = 0;  // keys of the split that some row sees
-    bool ancestors = false;
+    first = kSplit, last = 0;
+    ancestors = false;
     for (int64_t r = 0; r < rows; ++r) {
       const RowKeys k = keys[r];
       RowKeys& s = here[r];
@@ -98,26 +112,72 @@ template <class T> class Worker {
       ancestors |= s.shared < s.end;
     }
     locate(base, first, last, vector_keys, value_rows_, key_scale, value_scale);
-    score_shared(first, last);
+  }
+
+  // Keys [c, c + kChunk) of the split.
+  void score_keys(int c) {
+    const int begin = c > first ? c : first, end = c + kChunk < last ? c + kChunk : last;
+    if (begin >= end) return;
+    if (convert || gather) widen_keys(base, begin, end, vector_keys);
+    for (int t = 0; t < num_tiles; ++t) {
+      const TileRows tr = tile(t);
+      int from = end, to = begin;
+      for (int r = tr.first; r < tr.first + tr.count; ++r) {
+        if (here[r].begin >= here[r].shared) continue;
+        from = here[r].begin < from ? here[r].begin : from;
+        to = here[r].shared > to ? here[r].shared : to;
+      }
+      from = from > begin ? from : begin, to = to < end ? to : end;
+      if (from < to) score_chunk(t, from, to, vector_keys, scores);
+    }
+  }
+
+  // Scores become weights; the accumulators of `parts` (the worker's own, if nullptr) become zero.
+  void weigh(float* parts) {
+    if (p.k_scales) scale_scores();
     if (ancestors) score_ancestors();
-    float *acc = parts, *m = parts + rows * p.head_dim, *l = m + rows;
+    acc = parts ? parts : current;
+    float *m = acc + rows * p.head_dim, *l = m + rows;
     for (int64_t r = 0; r < rows; ++r) {
       m[r] = -__builtin_inff(), l[r] = 0.f;
       if (here[r].begin >= here[r].end) continue;
       softmax_row(scores + r * kRowStride, here[r].begin, here[r].end, p.softcap, m + r, l + r);
       for (int64_t i = 0; i < p.head_dim; i += kLanes) store(acc + r * p.head_dim + i, zero());
     }
-    add_values(first, last, acc);
-    if (ancestors) add_ancestors(acc);
+    if (p.v_scales)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int j = here[r].begin; j < here[r].shared; ++j) scores[r * kRowStride + j] *= value_scale[j];
+  }
+
+  // Values [c, c + kChunk) of the split.
+  void add_values(int c) {
+    const int begin = c > first ? c : first, end = c + kChunk < last ? c + kChunk : last;
+    if (begin >= end) return;
+    if (!convert) {
+      for (int t = 0; t < num_tiles; ++t) tile_values<T>(t, begin, end, value_rows_, acc);
+      return;
+    }
+    const float* wide[kSplit];
+    for (int j = begin; j < end; ++j) {
+      float* to = chunk + (j - c) * p.head_dim;
+      wide[j] = to;
+      for (int64_t i = 0; i < p.head_dim; i += kLanes) store(to + i, load(value_rows_[j] + i));
+    }
+    for (int t = 0; t < num_tiles; ++t) tile_values<float>(t, begin, end, wide, acc);
+  }
+
+  void end_split() {
+    if (ancestors) add_ancestors();
   }
 
  private:
   const PagedAttentionParams& p;
   const Sequence& seq;
   const Block& b;
-  int64_t group, rows, base = 0;
-  int num_tiles;
-  bool convert, gather;
+  int64_t kv_head, group, rows, base = 0;
+  int num_tiles, first = 0, last = 0;  // first, last: keys of the split that some row sees
+  bool convert, gather, ancestors = false;
+  float *acc = nullptr;
   float *queries, *scores, *node_scores, *joined, *current, *chunk, *key_scale, *value_scale, *node_key_scale, *node_value_scale;
   const T** vector_keys;   // [kSplit / 16] where vectors of keys begin, by position in the split
   const T** value_rows_;   // [kSplit]
@@ -130,11 +190,8 @@ template <class T> class Worker {
     return static_cast<int32_t>(i < 0 ? 0 : i > kSplit ? kSplit : i);
   }
 
-  void place_scratch() {
+  void place_scratch(char* memory) {
     const int64_t d = p.head_dim, part = part_floats(rows, d);
-    const int64_t floats = rows * d + 2 * rows * kRowStride + 2 * part + kChunk * d + 4 * kRowStride;
-    const int64_t pointers = kSplit / kLanes + kSplit + 2 * kRowStride;
-    char* memory = static_cast<char*>(thread_scratch(2, floats * 4 + pointers * 8 + 2 * rows * static_cast<int64_t>(sizeof(RowKeys))));
     float* f = reinterpret_cast<float*>(memory);
     const auto take = [&](int64_t n) { float* at = f; f += n; return at; };
     queries = take(rows * d), scores = take(rows * kRowStride), node_scores = take(rows * kRowStride);
@@ -178,7 +235,7 @@ template <class T> class Worker {
 
   // Tile by tile [head_dim][rows of the tile], times the scale.
   void pack_queries() {
-    const float* q = p.q + (seq.first_row + b.first) * p.q_row + b.kv_head * group * p.q_head;
+    const float* q = p.q + (seq.first_row + b.first) * p.q_row + kv_head * group * p.q_head;
     for (int t = 0; t < num_tiles; ++t) {
       const TileRows tr = tile(t);
       float* to = queries + tr.first * p.head_dim;
@@ -197,7 +254,7 @@ template <class T> class Worker {
       const int64_t position = origin + i, offset = position % p.page_size;
       int64_t page = table[position / p.page_size];
       page = page < 0 ? 0 : page >= p.pages ? p.pages - 1 : page;
-      const int64_t plane = page * p.kv_heads + b.kv_head, left = p.page_size - offset;
+      const int64_t plane = page * p.kv_heads + kv_head, left = p.page_size - offset;
       const int stop = left < end - i ? static_cast<int>(i + left) : end;
       const T* key = static_cast<const T*>(p.k_pages) + plane * p.page_size * p.head_dim + offset;
       const T* value = static_cast<const T*>(p.v_pages) + (plane * p.page_size + offset) * p.head_dim;
@@ -229,7 +286,7 @@ template <class T> class Worker {
       const int64_t position = origin + i, offset = position % p.page_size;
       int64_t page = table[position / p.page_size];
       page = page < 0 ? 0 : page >= p.pages ? p.pages - 1 : page;
-      const T* from = static_cast<const T*>(p.k_pages) + (page * p.kv_heads + b.kv_head) * p.page_size * p.head_dim + offset;
+      const T* from = static_cast<const T*>(p.k_pages) + (page * p.kv_heads + kv_head) * p.page_size * p.head_dim + offset;
       const int64_t left = p.page_size - offset;
       const int stop = left < last - i ? static_cast<int>(i + left) : last;
       for (int64_t d = 0; d < p.head_dim; ++d, from += p.page_size)
@@ -250,23 +307,7 @@ template <class T> class Worker {
     score_tile<float>(tr.count, q, wide, kChunk, p.head_dim, count, out);
   }
 
-  void score_shared(int first, int last) {
-    for (int c = first & ~(kChunk - 1); c < last; c += kChunk) {
-      const int begin = c > first ? c : first, end = c + kChunk < last ? c + kChunk : last;
-      if (convert || gather) widen_keys(base, begin, end, vector_keys);
-      for (int t = 0; t < num_tiles; ++t) {
-        const TileRows tr = tile(t);
-        int from = end, to = begin;
-        for (int r = tr.first; r < tr.first + tr.count; ++r) {
-          if (here[r].begin >= here[r].shared) continue;
-          from = here[r].begin < from ? here[r].begin : from;
-          to = here[r].shared > to ? here[r].shared : to;
-        }
-        from = from > begin ? from : begin, to = to < end ? to : end;
-        if (from < to) score_chunk(t, from, to, vector_keys, scores);
-      }
-    }
-    if (!p.k_scales) return;
+  void scale_scores() {
     for (int64_t r = 0; r < rows; ++r)
       for (int j = here[r].begin & ~(kLanes - 1); j < here[r].shared; j += kLanes) {
         float* s = scores + r * kRowStride + j;
@@ -302,28 +343,8 @@ template <class T> class Worker {
         if (position >= here[r].shared && position < here[r].end) f(static_cast<int>(position), static_cast<int>(w * 64 + __builtin_ctzll(bits)));
   }
 
-  void add_values(int first, int last, float* acc) {
-    if (p.v_scales)
-      for (int64_t r = 0; r < rows; ++r)
-        for (int j = here[r].begin; j < here[r].shared; ++j) scores[r * kRowStride + j] *= value_scale[j];
-    for (int c = first & ~(kChunk - 1); c < last; c += kChunk) {
-      const int begin = c > first ? c : first, end = c + kChunk < last ? c + kChunk : last;
-      if (!convert) {
-        for (int t = 0; t < num_tiles; ++t) tile_values<T>(t, begin, end, value_rows_, acc);
-        continue;
-      }
-      const float* wide[kSplit];
-      for (int j = begin; j < end; ++j) {
-        float* to = chunk + (j - c) * p.head_dim;
-        wide[j] = to;
-        for (int64_t i = 0; i < p.head_dim; i += kLanes) store(to + i, load(value_rows_[j] + i));
-      }
-      for (int t = 0; t < num_tiles; ++t) tile_values<float>(t, begin, end, wide, acc);
-    }
-  }
-
   // Keys that all rows of the tile see go through the tile together; what only some see before and behind, row by row.
-  template <class V> void tile_values(int t, int begin, int end, const V* const* values, float* acc) {
+  template <class V> void tile_values(int t, int begin, int end, const V* const* values, float* to_acc) {
     const TileRows tr = tile(t);
     int from = 0, to = kSplit;
     for (int r = tr.first; r < tr.first + tr.count; ++r) {
@@ -333,14 +354,14 @@ template <class T> class Worker {
     if (to < from) to = from;
     const auto row = [&](int r, int low, int high) {
       low = low > here[r].begin ? low : here[r].begin, high = high < here[r].shared ? high : here[r].shared;
-      value_tile<V>(1, scores + r * kRowStride, values, low, high, p.head_dim, acc + r * p.head_dim);
+      value_tile<V>(1, scores + r * kRowStride, values, low, high, p.head_dim, to_acc + r * p.head_dim);
     };
     for (int r = tr.first; r < tr.first + tr.count; ++r) row(r, begin, end < from ? end : from);
-    value_tile<V>(tr.count, scores + tr.first * kRowStride, values, begin > from ? begin : from, end < to ? end : to, p.head_dim, acc + tr.first * p.head_dim);
+    value_tile<V>(tr.count, scores + tr.first * kRowStride, values, begin > from ? begin : from, end < to ? end : to, p.head_dim, to_acc + tr.first * p.head_dim);
     for (int r = tr.first; r < tr.first + tr.count; ++r) row(r, begin > to ? begin : to, end);
   }
 
-  void add_ancestors(float* acc) {
+  void add_ancestors() {
     const int offset = static_cast<int>(seq.cached % kLanes);
     for (int64_t r = 0; r < rows; ++r) {
       float* weights = scores + r * kRowStride;
@@ -350,6 +371,45 @@ template <class T> class Worker {
       });
       value_tile<T>(1, weights, value_rows_, here[r].shared, here[r].end, p.head_dim, acc + r * p.head_dim);
     }
+  }
+};
+
+// All kv heads of a block. A chunk of keys (then of values) is read for all of them before the next one is: with pages of
+// kChunk rows that is one run of memory, and reading in runs of 24 KB and more is twice as fast as hopping between heads.
+template <class T> class BlockWorker {
+ public:
+  BlockWorker(const PagedAttentionParams& p, const Sequence& seq, const Block& b) : block(b), rows(b.count * (p.heads / p.kv_heads)), dim(p.head_dim) {
+    const int64_t bytes = Worker<T>::scratch_bytes(p, rows), table = (b.kv_heads * static_cast<int64_t>(sizeof(Worker<T>)) + 63) / 64 * 64;
+    char* memory = static_cast<char*>(thread_scratch(2, table + b.kv_heads * bytes));
+    workers = reinterpret_cast<Worker<T>*>(memory);
+    for (int64_t h = 0; h < b.kv_heads; ++h) new (workers + h) Worker<T>(p, seq, b, b.kv_head + h, memory + table + h * bytes);
+  }
+
+  // All splits in order, joined, written out.
+  void whole_block() {
+    each([](Worker<T>& w, int64_t) { w.begin_block(); });
+    for (int32_t split = block.split_begin; split < block.split_end; ++split) {
+      one_split(split, nullptr);
+      each([](Worker<T>& w, int64_t) { w.join_split(); });
+    }
+    each([](Worker<T>& w, int64_t) { w.finish_block(); });
+  }
+
+  void one_split(int32_t split, float* parts) {
+    each([&](Worker<T>& w, int64_t) { w.begin_split(split); });
+    for (int c = 0; c < kSplit; c += kChunk) each([&](Worker<T>& w, int64_t) { w.score_keys(c); });
+    each([&](Worker<T>& w, int64_t h) { w.weigh(parts ? parts + h * part_floats(rows, dim) : nullptr); });
+    for (int c = 0; c < kSplit; c += kChunk) each([&](Worker<T>& w, int64_t) { w.add_values(c); });
+    each([](Worker<T>& w, int64_t) { w.end_split(); });
+  }
+
+ private:
+  const Block& block;
+  int64_t rows, dim;
+  Worker<T>* workers;  // in the thread's scratch, as all they hold
+
+  template <class F> void each(const F& f) {
+    for (int64_t h = 0; h < block.kv_heads; ++h) f(workers[h], h);
   }
 };
 

@@ -35,7 +35,7 @@ class CacheShape:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    page_size: int = 16
+    page_size: int = 64  # the chunk in which attention walks keys; smaller pages share more and read slower
     dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
