@@ -27,7 +27,6 @@ from stretto.models.loading.tokenizer import Tokenizer
 from stretto.models.text import ModelConfig, TextModel
 from stretto.models.text.llama import LlamaModel
 
-PAGE_SIZE = 16
 KV_DTYPES = {None: torch.float16, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 TRIE_BYTES = 64 << 20
 
@@ -268,7 +267,7 @@ def load(
         raise ValueError(f"load: context: {context}, expected 2 to {config.context_length}, which the model was made for")
     granted = ops.num_threads() if threads is None else ops.granted_threads(threads)
     model = LlamaModel(config, source, context)
-    shape = CacheShape(config.num_layers, config.num_kv_heads, config.head_dim, PAGE_SIZE, KV_DTYPES[kv_dtype])
-    pages = -(-max(context, 32768) // PAGE_SIZE)
+    shape = CacheShape(config.num_layers, config.num_kv_heads, config.head_dim, dtype=KV_DTYPES[kv_dtype])
+    pages = -(-max(context, 32768) // shape.page_size)
     return LLM(model, tokenizer, PagedCache(shape, pages), EngineConfig(context=context, max_seqs=max_seqs), granted)
 
