@@ -1,3 +1,6 @@
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include "bind/bind.h"
 #include "host/pack_weights.h"
 #include "kernels/quant/embedding.h"
@@ -79,7 +82,17 @@ static void pack(const std::vector<TensorView>& raws, const std::string& format_
   pack_padding(packed.data<uint8_t>(), n, k, format);
 }
 
+// Advice only: where the system has no huge pages to give, nothing changes.
+static void prefer_huge_pages(TensorView t) {
+  require_tensor(t, "prefer_huge_pages", "t", DType::u8, {-1});
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.ptr) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.ptr) + static_cast<uintptr_t>(t.numel())) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 STRETTO_BIND(quant) {
+  m.def("prefer_huge_pages", &prefer_huge_pages);
   m.def("linear", &linear);
   m.def("embedding", &embedding);
   m.def("pack", &pack);

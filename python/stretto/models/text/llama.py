@@ -83,6 +83,11 @@ class LlamaModel:
             context: positions to prepare rotary tables for.
         """
         self.config = config
+        with quant.side_by_side():
+            self._load(source, context)
+
+    def _load(self, source: Weights, context: int) -> None:
+        config = self.config
         self.embed = _pack(source.get("embed"))
         self.head = _pack(source.get("head")) if source.has("head") else self.embed
         self.final_norm = _norm(source, "final_norm", config)
