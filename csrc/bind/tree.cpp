@@ -1,6 +1,9 @@
+#include <utility>
+
 #include "bind/bind.h"
 #include "kernels/tree/ancestor_mask.h"
 #include "kernels/tree/select_top.h"
+#include "kernels/tree/verify.h"
 #include "kernels/tree/walk.h"
 
 namespace stretto {
@@ -34,6 +37,28 @@ void walk(TensorView next, TensorView tokens, TensorView parent, TensorView n, T
                     .nodes = nodes});
 }
 
+void require_laws(const TensorView& t, const char* op, const char* argument, int64_t batch, int64_t nodes, int64_t vocab) {
+  require(t.dtype == DType::f32 && t.ndim == 3 && !t.cuda && t.shape[0] == batch && t.shape[1] == nodes && t.shape[2] == vocab && t.contiguous(), op,
+          argument, "expected contiguous float32 [batch, nodes, vocab]");
+}
+
+void verify(TensorView p, TensorView q, TensorView tokens, TensorView parent, TensorView n, TensorView seed, TensorView lineage, TensorView pos,
+            bool replacement, TensorView path, TensorView accepted, TensorView bonus) {
+  constexpr const char* op = "tree.verify";
+  require(p.ndim == 3, op, "p", "expected [batch, nodes, vocab]");
+  const int64_t batch = p.shape[0], nodes = p.shape[1], vocab = p.shape[2];
+  require_laws(p, op, "p", batch, nodes, vocab);
+  require_laws(q, op, "q", batch, nodes, vocab);
+  for (auto [t, name] : {std::pair{&tokens, "tokens"}, {&parent, "parent"}, {&path, "path"}}) require_tensor(*t, op, name, DType::i32, {batch, nodes});
+  for (auto [t, name] : {std::pair{&n, "n"}, {&pos, "pos"}, {&accepted, "accepted"}, {&bonus, "bonus"}}) require_tensor(*t, op, name, DType::i32, {batch});
+  for (auto [t, name] : {std::pair{&seed, "seed"}, {&lineage, "lineage"}}) require_tensor(*t, op, name, DType::i64, {batch});
+  launch("verify", verify_cpu,
+         VerifyParams{.p = p.data<float>(), .q = q.data<float>(), .tokens = tokens.data<int32_t>(), .parent = parent.data<int32_t>(),
+                      .n = n.data<int32_t>(), .seed = seed.data<int64_t>(), .lineage = lineage.data<int64_t>(), .pos = pos.data<int32_t>(),
+                      .path = path.data<int32_t>(), .accepted = accepted.data<int32_t>(), .bonus = bonus.data<int32_t>(), .batch = batch,
+                      .nodes = nodes, .vocab = vocab, .replacement = replacement});
+}
+
 void select_top(TensorView scores, TensorView parent, TensorView out) {
   constexpr const char* op = "tree.select_top";
   require_tensor(scores, op, "scores", DType::f32, {-1, -1});
@@ -51,6 +76,7 @@ void select_top(TensorView scores, TensorView parent, TensorView out) {
 STRETTO_BIND(tree) {
   m.def("ancestor_mask", &ancestor_mask);
   m.def("walk", &walk);
+  m.def("verify", &verify);
   m.def("select_top", &select_top);
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
-from stretto.ops._check import F32, I32, check, check_tensors
+from stretto.ops._check import F32, I32, I64, check, check_tensors
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
 
@@ -100,6 +100,52 @@ def _walk(
         _backend._C.walk(next.contiguous(), tokens.contiguous(), parent.contiguous(), n.contiguous(), path, accepted, bonus)  # type: ignore[union-attr]
     if not given and bool((accepted < 0).any()):
         _refuse(op, parent, n)
+    return path, accepted, bonus
+
+
+def verify(
+    p: Tensor, q: Tensor, tokens: Tensor, parent: Tensor, n: Tensor, seed: Tensor, lineage: Tensor, pos: Tensor, replacement: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact acceptance of drafts that were drawn from q: the tokens that come out follow p, whatever q is.
+
+    At a node a child x is accepted with chance min(1, r(x) / q(x)), where r begins as p; each refusal leaves r = norm(max(0, r - q)). Where no
+    child is accepted the bonus is drawn from r. A chain is a tree of single children.
+
+    Args:
+        p, q: [B, N, vocab] float32 weights, not necessarily normalised. p[b, i]: the target's law after node i, warped and penalised. q[b, i]: the
+            law from which the children of node i were really drawn; not read where there are none.
+        tokens, parent: [B, N] int32; n: [B] int32, as in ancestor_mask.
+        seed, lineage: [B] int64; pos: [B] int32, the position that a child of the root fills. A refusal of child k and the bonus use the noise
+            of their position, so they do not depend on batch mates.
+        replacement: siblings were drawn independently of each other; False: one after the other, each from what the earlier ones left of q.
+    Returns: path [B, N] (nodes from 0 on, -1 behind), accepted [B] (nodes on the path without the root), bonus [B] (-1 where the target has no
+        law, or the slot is idle), all int32.
+    Raises: ValueError naming the argument; also where q gives a draft no weight.
+    Source: arXiv 2211.17192, 2302.01318, 2305.09781. Reference: ops.ref.tree.verify. Bound by memory.
+    """
+    if needs_dispatch(p, q, tokens, parent, n, seed, lineage, pos):
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.stretto.tree_verify(p, q, tokens, parent, n, seed, lineage, pos, replacement)
+        return result
+    return _verify(p, q, tokens, parent, n, seed, lineage, pos, replacement)
+
+
+def _verify(
+    p: Tensor, q: Tensor, tokens: Tensor, parent: Tensor, n: Tensor, seed: Tensor, lineage: Tensor, pos: Tensor, replacement: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "tree.verify"
+    sizes = check_tensors(op, p=(p, "B N vocab", F32), q=(q, "B N vocab", F32), tokens=(tokens, "B N", I32), parent=(parent, "B N", I32), n=(n, "B", I32),
+                          seed=(seed, "B", I64), lineage=(lineage, "B", I64), pos=(pos, "B", I32))  # fmt: skip
+    check(sizes["vocab"] > 0, f"{op}: p: no tokens, expected at least one")
+    if _backend.use_reference(op, p):
+        path, accepted, bonus = ref.tree.verify(p, q, tokens, parent, n, seed, lineage, pos, replacement)
+    else:
+        path, accepted, bonus = torch.empty_like(tokens, memory_format=torch.contiguous_format), torch.empty_like(n), torch.empty_like(n)
+        given = (t.contiguous() for t in (p, q, tokens, parent, n, seed, lineage, pos))
+        _backend._C.verify(*given, replacement, path, accepted, bonus)  # type: ignore[union-attr]
+    if bool((accepted < 0).any()):
+        _refuse(op, parent, n)
+        b = int((accepted < 0).nonzero()[0])
+        raise ValueError(f"{op}: q: no weight for a draft of sequence {b}, expected the law from which the children were drawn")
     return path, accepted, bonus
 
 
@@ -225,6 +271,73 @@ register(
                               for batch, nodes in [(1, 16), (1, 64), (8, 256)]),
     cost=lambda next, tokens, parent, n: Cost(bytes=16 * next.numel(), flops=next.numel()),
     bound="latency",
+)  # fmt: skip
+
+
+def _verify_arguments(make: Make, batch: int, nodes: int, vocab: int, kind: str, distance: float, replacement: bool) -> tuple[object, ...]:
+    """p and q `distance` apart; children drawn from q, without replacement distinct where the vocabulary allows."""
+    p = make.randn(batch, nodes, vocab, scale=2)
+    q = (p + distance * make.randn(batch, nodes, vocab)).softmax(-1)
+    tokens, parent, n = random_trees(make, batch, nodes, vocab, kind)
+    for b in range(batch):
+        left = q[b].clone()
+        for i in range(1, int(n[b])):
+            law = left[int(parent[b, i])]
+            if not replacement or law.sum() <= 0:
+                law = q[b, int(parent[b, i])]
+            tokens[b, i] = int(torch.multinomial(law, 1, generator=make.generator))
+            left[int(parent[b, i]), int(tokens[b, i])] = 0
+    if not replacement:  # more children than tokens cannot be drawn
+        for b in range(batch):
+            seen: set[tuple[int, int]] = set()
+            for i in range(1, int(n[b])):
+                if (pair := (int(parent[b, i]), int(tokens[b, i]))) in seen:
+                    n[b] = i
+                    break
+                seen.add(pair)
+    seed, lineage = make.randint(0, 1 << 62, batch, dtype=torch.int64), make.randint(0, 1 << 62, batch, dtype=torch.int64)
+    return p.softmax(-1), q, tokens, parent, n, seed, lineage, make.randint(0, 1 << 20, batch), replacement
+
+
+def _verify_cases(make: Make) -> Iterator[Case]:
+    for replacement in (True, False):
+        for kind, batch, nodes, vocab, distance in [("chain", 40, 6, 9, 0.5), ("star", 40, 7, 17, 2.0), ("random", 40, 12, 33, 1.0),
+                                                    ("random", 6, 65, 700, 0.3), ("random", 3, 1, 5, 1.0), ("star", 0, 4, 4, 1.0)]:  # fmt: skip
+            arguments = _verify_arguments(make, batch, nodes, vocab, kind, distance, replacement)
+            yield Case(f"{kind}-{batch}x{nodes}x{vocab}-{'with' if replacement else 'without'}", arguments)
+    p, *rest = _verify_arguments(make, 5, 8, 12, "random", 1.0, True)
+    assert isinstance(p, Tensor)
+    p[0, 0, 3], p[1, 0] = torch.nan, 0
+    yield Case("no-target", (p, *rest))
+
+
+def _verify_bad(make: Make) -> Iterator[BadCase]:
+    p = q = make.randn(2, 4, 3).softmax(-1)
+    keys = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    tokens = torch.zeros(2, 4, dtype=torch.int32)
+    for name, parent, n, message in _malformed(make):
+        yield BadCase(name, (p, q, tokens, parent, n, *keys), f"tree.verify: {message}")
+    chain, four = torch.tensor([[-1, 0, 1, 2]] * 2, dtype=torch.int32), torch.full((2,), 4, dtype=torch.int32)
+    yield BadCase("weightless draft", (p, torch.tensor([0.0, 0.5, 0.5]).expand(2, 4, 3), tokens, chain, four, *keys), "tree.verify: q: no weight for a draft")
+    yield BadCase("token", (p, q, tokens + 3, chain, four, *keys), "tree.verify: q: no weight for a draft")
+    yield BadCase("vocab", (p, q[..., :2], tokens, chain, four, *keys), "tree.verify: q: shape [2, 4, 2]")
+    yield BadCase("seed", (p, q, tokens, chain, four, keys[0].int(), *keys[1:]), "tree.verify: seed: int32")
+
+
+register(
+    "tree_verify(Tensor p, Tensor q, Tensor tokens, Tensor parent, Tensor n, Tensor seed, Tensor lineage, Tensor pos, bool replacement=True)"
+    " -> (Tensor, Tensor, Tensor)",
+    _verify,
+    function=verify,
+    reference=ref.tree.verify,
+    fake=lambda p, q, tokens, parent, n, seed, lineage, pos, replacement=True: (
+        torch.empty_like(tokens, memory_format=torch.contiguous_format), torch.empty_like(n), torch.empty_like(n)),
+    cases=_verify_cases,
+    bad_cases=_verify_bad,
+    bench_cases=lambda make: (Case(f"chain of {nodes}", _verify_arguments(make, 1, nodes, 49152, "chain", 0.3, True)) for nodes in (4, 8)),
+    cost=lambda p, q, tokens, parent, n, seed, lineage, pos, replacement=True: Cost(bytes=p.nbytes + q.nbytes, flops=4 * p.numel()),
+    bound="memory",
+    source="arXiv 2211.17192, 2302.01318, 2305.09781",
 )  # fmt: skip
 
 

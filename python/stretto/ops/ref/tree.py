@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from stretto.ops.ref import sampling
 
 
 def valid(parent: list[int], n: int) -> bool:
@@ -51,6 +55,65 @@ def walk(next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor) -> tuple[Tenso
 def next_child(node: int, token: int, tokens: list[int], parent: list[int], n: int) -> int:
     """The first child of node that carries token, or 0."""
     return next((i for i in range(node + 1, n) if parent[i] == node and tokens[i] == token and token >= 0), 0)
+
+
+ROUNDING = 1e-12  # a residual of this mass or less is rounding
+
+
+def verify(
+    p: Tensor, q: Tensor, tokens: Tensor, parent: Tensor, n: Tensor, seed: Tensor, lineage: Tensor, pos: Tensor, replacement: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(path int32 [B, N], accepted int32 [B], bonus int32 [B])."""
+    path = torch.full_like(tokens, -1)
+    accepted, bonus = torch.full_like(n, -1), torch.full_like(n, -1)
+    for b, count in enumerate(n.tolist()):
+        if not valid(parent[b].tolist(), count):
+            continue
+        keys = (seed[b : b + 1], lineage[b : b + 1])
+
+        def accept(depth: int, k: int, chance: float, b: int = b, keys: tuple[Tensor, Tensor] = keys) -> bool:
+            return float(sampling.uniform(*keys, pos[b : b + 1] + depth, 1, k)) < chance
+
+        def draw(depth: int, law: Tensor, b: int = b, keys: tuple[Tensor, Tensor] = keys) -> int:
+            return int(sampling.draw(law[None], *keys, pos[b : b + 1] + depth))
+
+        outcome = verify_one(p[b].double(), q[b].double(), tokens[b].tolist(), parent[b].tolist(), count, replacement, accept, draw)
+        if outcome is not None:
+            nodes, bonus[b] = outcome
+            path[b, : len(nodes)] = torch.tensor(nodes, dtype=path.dtype)
+            accepted[b] = max(len(nodes) - 1, 0)
+    return path, accepted, bonus
+
+
+def verify_one(
+    p: Tensor, q: Tensor, tokens: list[int], parent: list[int], n: int, replacement: bool,
+    accept: Callable[[int, int, float], bool], draw: Callable[[int, Tensor], int],
+) -> tuple[list[int], int] | None:  # fmt: skip
+    """The rule itself: (accepted nodes from 0 on, bonus), or None where q gives a draft no weight. Its chances come from outside, so that tests
+    can go through all of them: accept(depth, k, chance) is true with that chance, draw(depth, law) is a token of the law, -1 of none."""
+    nodes = [0] if n else []
+    while nodes:
+        node, depth = nodes[-1], len(nodes) - 1
+        if not (p[node].isfinite().all() and (p[node] >= 0).all() and p[node].sum() > 0):
+            children = [i for i in range(node + 1, n) if parent[i] == node]
+            return None if children and not q[node, tokens[children[0]]] > 0 else (nodes, -1)
+        target = p[node] / p[node].sum()
+        left, law = target, q[node]
+        for k, i in enumerate(i for i in range(node + 1, n) if parent[i] == node):
+            x = tokens[i]
+            if not 0 <= x < len(law) or not law[x] > 0:
+                return None
+            law = law / law.sum()
+            if accept(depth, k, float(left[x] / law[x])):
+                nodes.append(i)
+                break
+            left = (left - law).clamp_min(0)
+            left = left / left.sum() if left.sum() > ROUNDING else target
+            if not replacement:
+                law = law.scatter(0, torch.tensor(x), 0.0)
+        else:
+            return nodes, draw(depth, left)
+    return nodes, -1
 
 
 def select_top(scores: Tensor, parent: Tensor, keep: int) -> Tensor:
