@@ -51,7 +51,7 @@ $(VENV)/.test: $(VENV)/.package
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.package
-	$(PIP) ruff mypy clang-format
+	$(PIP) ruff clang-format
 	touch $@
 
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
@@ -65,7 +65,6 @@ lint: $(VENV)/.lint
 	ruff check --quiet .
 	ruff format --check --quiet .
 	clang-format --dry-run -Werror $(CXX_FILES)
-	mypy
 
 # The kernels under AddressSanitizer and UBSan: see tests/sanitize/run.sh.
 sanitize: build $(VENV)/.test

@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import textwrap
 
+import stretto
 from rich.console import Console
 from rich.table import Table
-
-import stretto
 
 MODEL = "smollm2-135m"
 MAX_TOKENS = 160
@@ -43,7 +42,13 @@ def main() -> None:
 
     plain = results["off"]
     table = Table(title=f"{MODEL}, {model.threads} threads, {len(plain.tokens)} new tokens")
-    for column, justify in [("decode", "left"), ("tokens/s", "right"), ("against plain", "right"), ("tokens per forward", "right"), ("identical", "left")]:
+    for column, justify in [
+        ("decode", "left"),
+        ("tokens/s", "right"),
+        ("against plain", "right"),
+        ("tokens per forward", "right"),
+        ("identical", "left"),
+    ]:
         table.add_column(column, justify=justify)
     for decode, result in results.items():
         stats = result.stats

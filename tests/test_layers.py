@@ -64,9 +64,9 @@ def native_uses(tree: ast.AST, file: str) -> Iterator[int]:
             yield line
     for node in ast.walk(tree):
         is_torchs = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
-        if isinstance(node, ast.Attribute) and node.attr == "_C" and not is_torchs:
-            yield node.lineno
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip() in {"stretto._C", "_C"}:
+        if (isinstance(node, ast.Attribute) and node.attr == "_C" and not is_torchs) or (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip() in {"stretto._C", "_C"}
+        ):
             yield node.lineno
 
 

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 import stretto
 from stretto.ops import _backend
+
 from tests.subproc import PYTHON_DIR, python
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from stretto.cache import CacheShape, PagedCache
 from stretto.engine.engine import EngineConfig
 from stretto.engine.llm import LLM
@@ -65,7 +64,7 @@ class RandomWeights:
 
 
 def tiny_config(**changes: Any) -> TextConfig:
-    fields: dict[str, Any] = dict(
+    fields: dict[str, Any] = dict(  # noqa: C408
         architecture="llama", vocab_size=VOCAB, hidden_size=64, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=64, intermediate_size=96,
         norm_eps=1e-5, norm_offset=0.0, rope_theta=10000.0, rope_theta_local=None, rope_order="half", rope_scaling=None, context_length=512,
         sliding_window=None, sliding_layers=(False, False), tie_word_embeddings=True, qkv_bias=False, qk_norm=False, activation="silu",

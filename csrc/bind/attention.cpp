@@ -18,7 +18,8 @@ void require_values(const PagedAttentionParams& p) {
   for (int64_t r = 0; r < seqs; ++r) {
     const std::string at = " of sequence " + std::to_string(r);
     require(p.cu_q[r] >= 0 && p.cu_q[r] <= p.cu_q[r + 1] && p.cu_q[r + 1] <= p.rows, kOp, "cu_q",
-            "rows " + std::to_string(p.cu_q[r]) + " to " + std::to_string(p.cu_q[r + 1]) + at + ", expected a growing range in 0.." + std::to_string(p.rows));
+            "rows " + std::to_string(p.cu_q[r]) + " to " + std::to_string(p.cu_q[r + 1]) + at + ", expected a growing range in 0.." +
+                std::to_string(p.rows));
     const int64_t rows = p.cu_q[r + 1] - p.cu_q[r], end = p.cached[r] + rows;
     require(p.cached[r] >= 0, kOp, "cached", std::to_string(p.cached[r]) + at + ", expected at least 0");
     if (rows == 0) continue;
@@ -37,13 +38,16 @@ void require_values(const PagedAttentionParams& p) {
 }
 
 void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, TensorView table, TensorView cu_q, TensorView cached, float scale,
-                     int64_t window, float softcap, OptionalTensor mask, OptionalTensor mask_start, OptionalTensor k_scales,
-                     OptionalTensor v_scales, TensorView out, OptionalTensor num_seqs) {
-  require(q.ndim == 3 && q.dtype == DType::f32 && q.contiguous_from(2) && !q.cuda, kOp, "q", "expected float32 [rows, heads, head_dim] with adjacent elements");
-  require(k_pages.ndim == 4 && k_pages.contiguous() && v_pages.contiguous() && v_pages.ndim == 4, kOp, "k_pages, v_pages", "expected contiguous pages");
+                     int64_t window, float softcap, OptionalTensor mask, OptionalTensor mask_start, OptionalTensor k_scales, OptionalTensor v_scales,
+                     TensorView out, OptionalTensor num_seqs) {
+  require(q.ndim == 3 && q.dtype == DType::f32 && q.contiguous_from(2) && !q.cuda, kOp, "q",
+          "expected float32 [rows, heads, head_dim] with adjacent elements");
+  require(k_pages.ndim == 4 && k_pages.contiguous() && v_pages.contiguous() && v_pages.ndim == 4, kOp, "k_pages, v_pages",
+          "expected contiguous pages");
   const int64_t pages = k_pages.shape[0], kv_heads = k_pages.shape[1], head_dim = q.shape[2], page_size = k_pages.shape[3];
   require(k_pages.shape[2] == head_dim && v_pages.shape[0] == pages && v_pages.shape[1] == kv_heads && v_pages.shape[2] == page_size &&
-              v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype, kOp, "v_pages", "does not match k_pages and q");
+              v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype,
+          kOp, "v_pages", "does not match k_pages and q");
   require(kv_heads > 0 && q.shape[1] % kv_heads == 0 && head_dim % 16 == 0 && page_size > 0, kOp, "q", "heads or head_dim do not fit the pages");
   require_ints(table, "table", DType::i32, 2);
   require_ints(cu_q, "cu_q", DType::i32, 1);
@@ -52,21 +56,45 @@ void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, Tenso
   require(table.shape[0] == seqs && cu_q.shape[0] == seqs + 1, kOp, "table, cu_q", "sequences differ from cached");
   require(table.shape[1] < (int64_t(1) << 31) / page_size, kOp, "table", "more than 2^31 positions");
   require(out.dtype == DType::f32 && out.ndim == 3 && out.contiguous_from(1) && out.shape[0] == q.shape[0] && out.shape[1] == q.shape[1] &&
-              out.shape[2] == head_dim, kOp, "out", "expected float32 of q's shape with contiguous rows");
+              out.shape[2] == head_dim,
+          kOp, "out", "expected float32 of q's shape with contiguous rows");
   if (mask) require_ints(*mask, "mask", DType::i64, 2);
   if (mask) require(mask->shape[1] <= 4, kOp, "mask", "more than 4 words a row (256 nodes)");
   if (mask_start) require_ints(*mask_start, "mask_start", DType::i32, 1);
   if (mask_start) require(mask_start->shape[0] == seqs, kOp, "mask_start", "sequences differ from cached");
-  require((k_pages.dtype == DType::i8) == k_scales.has_value() && k_scales.has_value() == v_scales.has_value(), kOp, "k_scales, v_scales", "expected with int8 pages, and only then");
-  for (const OptionalTensor& s : {k_scales, v_scales}) if (s) require_tensor(*s, kOp, "k_scales, v_scales", DType::f32, {pages, kv_heads, page_size});
-  const PagedAttentionParams p{
-      .q = q.data<float>(), .k_pages = k_pages.data(), .v_pages = v_pages.data(), .k_scales = data_or_null<float>(k_scales),
-      .v_scales = data_or_null<float>(v_scales), .table = table.data<int32_t>(), .cu_q = cu_q.data<int32_t>(), .cached = cached.data<int32_t>(),
-      .num_seqs = data_or_null<int32_t>(num_seqs), .mask = data_or_null<uint64_t>(mask), .mask_start = data_or_null<int32_t>(mask_start),
-      .out = out.data<float>(), .rows = q.shape[0], .heads = q.shape[1], .kv_heads = kv_heads, .head_dim = head_dim, .pages = pages,
-      .page_size = page_size, .seqs = seqs, .table_width = table.shape[1], .mask_rows = mask ? mask->shape[0] : 0,
-      .mask_words = mask ? mask->shape[1] : 0, .q_row = q.strides[0], .q_head = q.strides[1], .out_row = out.strides[0], .window = window,
-      .scale = scale, .softcap = softcap, .dtype = k_pages.dtype};
+  require((k_pages.dtype == DType::i8) == k_scales.has_value() && k_scales.has_value() == v_scales.has_value(), kOp, "k_scales, v_scales",
+          "expected with int8 pages, and only then");
+  for (const OptionalTensor& s : {k_scales, v_scales})
+    if (s) require_tensor(*s, kOp, "k_scales, v_scales", DType::f32, {pages, kv_heads, page_size});
+  const PagedAttentionParams p{.q = q.data<float>(),
+                               .k_pages = k_pages.data(),
+                               .v_pages = v_pages.data(),
+                               .k_scales = data_or_null<float>(k_scales),
+                               .v_scales = data_or_null<float>(v_scales),
+                               .table = table.data<int32_t>(),
+                               .cu_q = cu_q.data<int32_t>(),
+                               .cached = cached.data<int32_t>(),
+                               .num_seqs = data_or_null<int32_t>(num_seqs),
+                               .mask = data_or_null<uint64_t>(mask),
+                               .mask_start = data_or_null<int32_t>(mask_start),
+                               .out = out.data<float>(),
+                               .rows = q.shape[0],
+                               .heads = q.shape[1],
+                               .kv_heads = kv_heads,
+                               .head_dim = head_dim,
+                               .pages = pages,
+                               .page_size = page_size,
+                               .seqs = seqs,
+                               .table_width = table.shape[1],
+                               .mask_rows = mask ? mask->shape[0] : 0,
+                               .mask_words = mask ? mask->shape[1] : 0,
+                               .q_row = q.strides[0],
+                               .q_head = q.strides[1],
+                               .out_row = out.strides[0],
+                               .window = window,
+                               .scale = scale,
+                               .softcap = softcap,
+                               .dtype = k_pages.dtype};
   require_values(p);
   launch("paged_attention", paged_attention_cpu, p);
 }

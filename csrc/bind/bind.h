@@ -17,9 +17,9 @@ namespace py = pybind11;
 // STRETTO_BIND(norm) { m.def(...); } in csrc/bind/norm.cpp; module.cpp calls them all. No list to edit.
 using BindFn = void (*)(py::module_&);
 std::vector<BindFn>& bind_functions();
-#define STRETTO_BIND(family)                                                                                   \
-  static void bind_##family(py::module_& m);                                                                   \
-  static const bool bound_##family = (::stretto::bind_functions().push_back(&bind_##family), true);            \
+#define STRETTO_BIND(family)                                                                        \
+  static void bind_##family(py::module_& m);                                                        \
+  static const bool bound_##family = (::stretto::bind_functions().push_back(&bind_##family), true); \
   static void bind_##family([[maybe_unused]] py::module_& m)
 
 // Fills a view from a torch.Tensor or Parameter through DLPack's exchange table. Anything else, subclasses included, is a TypeError.

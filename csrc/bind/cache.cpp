@@ -23,9 +23,17 @@ CacheMoveParams move_params(const char* op, const TensorView& k, const TensorVie
       require(ids.data<int32_t>()[i] >= -1 && ids.data<int32_t>()[i] < limit, op, name,
               std::to_string(ids.data<int32_t>()[i]) + ", expected -1 (skip) or an id below " + std::to_string(limit));
   const int64_t bytes = dtype_bytes(k.dtype);
-  return {.planes = {{k.ptr, head_dim, 1, bytes}, {v.ptr, 1, head_dim, bytes}, {data_or_null<char>(k_scales), 1, 1, 4}, {data_or_null<char>(v_scales), 1, 1, 4}},
-          .src = src.data<int32_t>(), .dst = dst.data<int32_t>(), .pairs = src.shape[0], .layers = layers, .pages = pages,
-          .heads = heads, .page_size = page_size};
+  return {.planes = {{k.ptr, head_dim, 1, bytes},
+                     {v.ptr, 1, head_dim, bytes},
+                     {data_or_null<char>(k_scales), 1, 1, 4},
+                     {data_or_null<char>(v_scales), 1, 1, 4}},
+          .src = src.data<int32_t>(),
+          .dst = dst.data<int32_t>(),
+          .pairs = src.shape[0],
+          .layers = layers,
+          .pages = pages,
+          .heads = heads,
+          .page_size = page_size};
 }
 
 void copy_pages(TensorView k, TensorView v, TensorView src, TensorView dst, OptionalTensor k_scales, OptionalTensor v_scales) {

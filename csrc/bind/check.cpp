@@ -26,7 +26,8 @@ PyObject* words_of(PyObject* shape) {
 
 bool contains(PyObject* dtypes, PyObject* dtype) {
   if (!PyTuple_Check(dtypes)) return false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dtypes); ++i) if (PyTuple_GET_ITEM(dtypes, i) == dtype) return true;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dtypes); ++i)
+    if (PyTuple_GET_ITEM(dtypes, i) == dtype) return true;
   return false;
 }
 
@@ -38,7 +39,8 @@ bool is_negated(PyObject* tensor) {
 
 bool has_memory(const DLTensor& dl) {
   if (dl.data) return true;
-  for (int i = 0; i < dl.ndim; ++i) if (dl.shape[i] == 0) return true;
+  for (int i = 0; i < dl.ndim; ++i)
+    if (dl.shape[i] == 0) return true;
   return false;
 }
 
@@ -82,8 +84,8 @@ PyObject* check_tensors(PyObject* self, PyObject* const* args, Py_ssize_t nargs,
   return PyObject_Vectorcall(self, args, static_cast<size_t>(nargs), names);
 }
 
-PyMethodDef definition = {"check_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&check_tensors)),
-                          METH_FASTCALL | METH_KEYWORDS, nullptr};
+PyMethodDef definition = {"check_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&check_tensors)), METH_FASTCALL | METH_KEYWORDS,
+                          nullptr};
 
 }  // namespace
 

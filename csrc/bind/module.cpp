@@ -140,19 +140,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(active_isa()); });
   m.def("isas", [] {
     std::vector<std::string> names;
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) if (isa_available(isa)) names.emplace_back(isa_name(isa));
+    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+      if (isa_available(isa)) names.emplace_back(isa_name(isa));
     return names;
   });
   m.def("set_isa", [](const std::string& name) {
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) if (name == isa_name(isa)) return set_isa(isa);
+    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+      if (name == isa_name(isa)) return set_isa(isa);
     throw std::invalid_argument("set_isa: isa: " + name + ", expected scalar, avx2 or avx512");
   });
   py::class_<PyStep>(m, "Step", "Kernel calls recorded from one pass of Python, replayed without it.")
       .def(py::init<>())
       .def("start", &start_step)
       .def("stop", &stop_step)
-      .def("run", [](PyStep& s, int threads) { replay(s, [&] { s.step.run(threads); }); }, py::arg("threads"))
-      .def("run_timed", [](PyStep& s, int threads) { return replay(s, [&] { return s.step.run_timed(threads); }); }, py::arg("threads"))
+      .def(
+          "run", [](PyStep& s, int threads) { replay(s, [&] { s.step.run(threads); }); }, py::arg("threads"))
+      .def(
+          "run_timed", [](PyStep& s, int threads) { return replay(s, [&] { return s.step.run_timed(threads); }); }, py::arg("threads"))
       .def("__len__", [](const PyStep& s) { return s.step.size(); });
   for (BindFn bind : bind_functions()) bind(m);
 }

@@ -9,7 +9,8 @@
 namespace stretto {
 
 static WeightFormat format_of(const char* op, const std::string& name) {
-  for (int i = 0; i < kNumFormats; ++i) if (name == kFormatInfo[i].name) return static_cast<WeightFormat>(i);
+  for (int i = 0; i < kNumFormats; ++i)
+    if (name == kFormatInfo[i].name) return static_cast<WeightFormat>(i);
   require(false, op, "format", name + ", expected a known one");
   return {};
 }
@@ -30,8 +31,8 @@ static const int32_t* row_count(const OptionalTensor& t, const char* op) {
   return data_or_null<int32_t>(t);
 }
 
-static void linear(TensorView x, TensorView packed, const std::string& format_name, int64_t n, OptionalTensor bias, OptionalTensor residual,
-                   int gate, TensorView out, OptionalTensor num_rows) {
+static void linear(TensorView x, TensorView packed, const std::string& format_name, int64_t n, OptionalTensor bias, OptionalTensor residual, int gate,
+                   TensorView out, OptionalTensor num_rows) {
   const WeightFormat format = format_of("linear", format_name);
   require(x.ndim == 2 && gate >= 0 && gate <= 2 && (gate == 0 || n % 32 == 0), "linear", "x, gate", "expected a matrix and a known gate");
   const int64_t rows = x.shape[0], k = x.shape[1], columns = gate ? n / 2 : n;
@@ -41,10 +42,20 @@ static void linear(TensorView x, TensorView packed, const std::string& format_na
   if (bias) require_tensor(*bias, "linear", "bias", DType::f32, {n});
   if (residual) require_rows(*residual, "linear", "residual", rows, columns);
   launch("linear", linear_cpu,
-         LinearParams{.x = x.data<float>(), .packed = packed.data<uint8_t>(), .bias = data_or_null<float>(bias),
-                      .residual = data_or_null<float>(residual), .out = out.data<float>(), .num_rows = row_count(num_rows, "linear"),
-                      .rows = rows, .n = n, .k = k, .x_stride = x.strides[0], .residual_stride = residual ? residual->strides[0] : 0,
-                      .out_stride = out.strides[0], .format = format, .gate = static_cast<Gate>(gate)});
+         LinearParams{.x = x.data<float>(),
+                      .packed = packed.data<uint8_t>(),
+                      .bias = data_or_null<float>(bias),
+                      .residual = data_or_null<float>(residual),
+                      .out = out.data<float>(),
+                      .num_rows = row_count(num_rows, "linear"),
+                      .rows = rows,
+                      .n = n,
+                      .k = k,
+                      .x_stride = x.strides[0],
+                      .residual_stride = residual ? residual->strides[0] : 0,
+                      .out_stride = out.strides[0],
+                      .format = format,
+                      .gate = static_cast<Gate>(gate)});
 }
 
 static void embedding(TensorView ids, TensorView packed, const std::string& format_name, int64_t n, float scale, TensorView out,
@@ -55,9 +66,16 @@ static void embedding(TensorView ids, TensorView packed, const std::string& form
   require_rows(out, "embedding", "out", ids.shape[0], out.shape[1]);
   require_packed(packed, "embedding", format, n, out.shape[1]);
   launch("embedding", embedding_cpu,
-         EmbeddingParams{.ids = ids.data<int32_t>(), .packed = packed.data<uint8_t>(), .out = out.data<float>(),
-                         .num_rows = row_count(num_rows, "embedding"), .rows = ids.shape[0], .n = n, .k = out.shape[1],
-                         .out_stride = out.strides[0], .scale = scale, .format = format});
+         EmbeddingParams{.ids = ids.data<int32_t>(),
+                         .packed = packed.data<uint8_t>(),
+                         .out = out.data<float>(),
+                         .num_rows = row_count(num_rows, "embedding"),
+                         .rows = ids.shape[0],
+                         .n = n,
+                         .k = out.shape[1],
+                         .out_stride = out.strides[0],
+                         .scale = scale,
+                         .format = format});
 }
 
 // Matrices under one another, or two taking turns by groups of 16 rows.
@@ -75,8 +93,13 @@ static void pack(const std::vector<TensorView>& raws, const std::string& format_
   py::gil_scoped_release nogil;
   int64_t first = 0;
   for (size_t i = 0; i < raws.size(); ++i) {
-    pack_rows({.raw = raws[i].data<uint8_t>(), .packed = packed.data<uint8_t>(), .rows = raws[i].shape[0], .k = k,
-               .first = interleave ? 0 : first, .part = interleave ? static_cast<int>(i) : -1, .format = format});
+    pack_rows({.raw = raws[i].data<uint8_t>(),
+               .packed = packed.data<uint8_t>(),
+               .rows = raws[i].shape[0],
+               .k = k,
+               .first = interleave ? 0 : first,
+               .part = interleave ? static_cast<int>(i) : -1,
+               .format = format});
     first += raws[i].shape[0];
   }
   pack_padding(packed.data<uint8_t>(), n, k, format);

@@ -9,26 +9,48 @@ constexpr const char* kOp = "rope.append";
 void rope_append(TensorView qkv, TensorView positions, TensorView slots, TensorView cos_sin, TensorView k_pages, TensorView v_pages, int64_t heads,
                  int64_t kv_heads, bool interleaved, OptionalTensor q_norm, OptionalTensor k_norm, float norm_eps, OptionalTensor k_scales,
                  OptionalTensor v_scales, OptionalTensor num_rows) {
-  require(k_pages.ndim == 4 && k_pages.contiguous() && v_pages.contiguous() && v_pages.ndim == 4, kOp, "k_pages, v_pages", "expected contiguous pages");
+  require(k_pages.ndim == 4 && k_pages.contiguous() && v_pages.contiguous() && v_pages.ndim == 4, kOp, "k_pages, v_pages",
+          "expected contiguous pages");
   const int64_t pages = k_pages.shape[0], head_dim = k_pages.shape[2], page_size = k_pages.shape[3], rows = qkv.shape[0];
   require(k_pages.shape[1] == kv_heads && v_pages.shape[0] == pages && v_pages.shape[1] == kv_heads && v_pages.shape[2] == page_size &&
-              v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype, kOp, "v_pages", "does not match k_pages and num_kv_heads");
+              v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype,
+          kOp, "v_pages", "does not match k_pages and num_kv_heads");
   require(qkv.ndim == 2 && qkv.dtype == DType::f32 && qkv.contiguous_from(1) && !qkv.cuda && qkv.shape[1] == (heads + 2 * kv_heads) * head_dim, kOp,
           "qkv", "expected float32 [rows, (heads + 2 kv_heads) * head_dim] with contiguous rows");
   require_tensor(positions, kOp, "positions", DType::i32, {rows});
   require_tensor(slots, kOp, "slots", DType::i32, {rows});
   require_tensor(cos_sin, kOp, "cos_sin", DType::f32, {-1, -1});
-  require(cos_sin.shape[1] % 2 == 0 && cos_sin.shape[1] <= head_dim && head_dim % 16 == 0 && head_dim <= kMaxHeadDim, kOp, "cos_sin", "rotary_dim does not fit head_dim");
-  for (const OptionalTensor& w : {q_norm, k_norm}) if (w) require_tensor(*w, kOp, "q_norm, k_norm", DType::f32, {head_dim});
-  require((k_pages.dtype == DType::i8) == k_scales.has_value() && k_scales.has_value() == v_scales.has_value(), kOp, "k_scales, v_scales", "expected with int8 pages, and only then");
-  for (const OptionalTensor& s : {k_scales, v_scales}) if (s) require_tensor(*s, kOp, "k_scales, v_scales", DType::f32, {pages, kv_heads, page_size});
-  const RopeAppendParams p{
-      .qkv = qkv.data<float>(), .positions = positions.data<int32_t>(), .slots = slots.data<int32_t>(), .cos_sin = cos_sin.data<float>(),
-      .q_norm = data_or_null<float>(q_norm), .k_norm = data_or_null<float>(k_norm), .k_pages = k_pages.data(), .v_pages = v_pages.data(),
-      .k_scales = data_or_null<float>(k_scales), .v_scales = data_or_null<float>(v_scales), .num_rows = data_or_null<int32_t>(num_rows),
-      .rows = rows, .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .rotary_dim = cos_sin.shape[1], .row_stride = qkv.strides[0],
-      .max_positions = cos_sin.shape[0], .pages = pages, .page_size = page_size, .norm_eps = norm_eps, .interleaved = interleaved,
-      .dtype = k_pages.dtype};
+  require(cos_sin.shape[1] % 2 == 0 && cos_sin.shape[1] <= head_dim && head_dim % 16 == 0 && head_dim <= kMaxHeadDim, kOp, "cos_sin",
+          "rotary_dim does not fit head_dim");
+  for (const OptionalTensor& w : {q_norm, k_norm})
+    if (w) require_tensor(*w, kOp, "q_norm, k_norm", DType::f32, {head_dim});
+  require((k_pages.dtype == DType::i8) == k_scales.has_value() && k_scales.has_value() == v_scales.has_value(), kOp, "k_scales, v_scales",
+          "expected with int8 pages, and only then");
+  for (const OptionalTensor& s : {k_scales, v_scales})
+    if (s) require_tensor(*s, kOp, "k_scales, v_scales", DType::f32, {pages, kv_heads, page_size});
+  const RopeAppendParams p{.qkv = qkv.data<float>(),
+                           .positions = positions.data<int32_t>(),
+                           .slots = slots.data<int32_t>(),
+                           .cos_sin = cos_sin.data<float>(),
+                           .q_norm = data_or_null<float>(q_norm),
+                           .k_norm = data_or_null<float>(k_norm),
+                           .k_pages = k_pages.data(),
+                           .v_pages = v_pages.data(),
+                           .k_scales = data_or_null<float>(k_scales),
+                           .v_scales = data_or_null<float>(v_scales),
+                           .num_rows = data_or_null<int32_t>(num_rows),
+                           .rows = rows,
+                           .heads = heads,
+                           .kv_heads = kv_heads,
+                           .head_dim = head_dim,
+                           .rotary_dim = cos_sin.shape[1],
+                           .row_stride = qkv.strides[0],
+                           .max_positions = cos_sin.shape[0],
+                           .pages = pages,
+                           .page_size = page_size,
+                           .norm_eps = norm_eps,
+                           .interleaved = interleaved,
+                           .dtype = k_pages.dtype};
   const int64_t used = p.num_rows && *p.num_rows < rows ? *p.num_rows : rows;
   for (int64_t i = 0; i < used; ++i) {
     require(p.positions[i] >= 0 && p.positions[i] < p.max_positions, kOp, "positions",

@@ -26,9 +26,14 @@ void argmax(TensorView logits, TensorView out, OptionalTensor status, OptionalTe
   require_tensor(out, op, "out", DType::i32, {logits.shape[0]});
   require_vector(status, op, "status", DType::i32, logits.shape[0]);
   require_vector(num_rows, op, "num_rows", DType::i32, 1);
-  launch("argmax", argmax_cpu, ArgmaxParams{.logits = logits.data<float>(), .out = out.data<int32_t>(), .status = data_or_null<int32_t>(status),
-                                            .num_rows = data_or_null<int32_t>(num_rows), .rows = logits.shape[0], .width = logits.shape[1],
-                                            .stride = logits.strides[0]});
+  launch("argmax", argmax_cpu,
+         ArgmaxParams{.logits = logits.data<float>(),
+                      .out = out.data<int32_t>(),
+                      .status = data_or_null<int32_t>(status),
+                      .num_rows = data_or_null<int32_t>(num_rows),
+                      .rows = logits.shape[0],
+                      .width = logits.shape[1],
+                      .stride = logits.strides[0]});
 }
 
 void warp(TensorView logits, TensorView temperature, TensorView top_k, TensorView top_p, TensorView min_p, TensorView out, OptionalTensor status,
@@ -46,9 +51,17 @@ void warp(TensorView logits, TensorView temperature, TensorView top_k, TensorVie
   require_vector(status, op, "status", DType::i32, rows);
   require_vector(num_rows, op, "num_rows", DType::i32, 1);
   launch("warp", warp_cpu,
-         WarpParams{.logits = logits.data<float>(), .temperature = temperature.data<float>(), .top_k = top_k.data<int32_t>(),
-                    .top_p = top_p.data<float>(), .min_p = min_p.data<float>(), .out = out.data<float>(), .status = data_or_null<int32_t>(status),
-                    .num_rows = data_or_null<int32_t>(num_rows), .rows = rows, .width = width, .logits_stride = logits.strides[0],
+         WarpParams{.logits = logits.data<float>(),
+                    .temperature = temperature.data<float>(),
+                    .top_k = top_k.data<int32_t>(),
+                    .top_p = top_p.data<float>(),
+                    .min_p = min_p.data<float>(),
+                    .out = out.data<float>(),
+                    .status = data_or_null<int32_t>(status),
+                    .num_rows = data_or_null<int32_t>(num_rows),
+                    .rows = rows,
+                    .width = width,
+                    .logits_stride = logits.strides[0],
                     .out_stride = out.strides[0]});
 }
 
@@ -63,9 +76,17 @@ void draw(TensorView p, TensorView seed, TensorView lineage, TensorView pos, int
   require_tensor(out, op, "out", DType::i32, {rows});
   require_vector(num_rows, op, "num_rows", DType::i32, 1);
   launch("draw", draw_cpu,
-         DrawParams{.p = p.data<float>(), .seed = seed.data<int64_t>(), .lineage = lineage.data<int64_t>(), .pos = pos.data<int32_t>(),
-                    .out = out.data<int32_t>(), .num_rows = data_or_null<int32_t>(num_rows), .rows = rows, .width = p.shape[1],
-                    .stride = p.strides[0], .purpose = purpose_of(op, purpose), .gumbel = gumbel});
+         DrawParams{.p = p.data<float>(),
+                    .seed = seed.data<int64_t>(),
+                    .lineage = lineage.data<int64_t>(),
+                    .pos = pos.data<int32_t>(),
+                    .out = out.data<int32_t>(),
+                    .num_rows = data_or_null<int32_t>(num_rows),
+                    .rows = rows,
+                    .width = p.shape[1],
+                    .stride = p.strides[0],
+                    .purpose = purpose_of(op, purpose),
+                    .gumbel = gumbel});
 }
 
 // width 0: out [rows] are uniforms; otherwise out [rows, width] is Gumbel noise.
@@ -80,8 +101,14 @@ void noise(TensorView seed, TensorView lineage, TensorView pos, int purpose, uin
   require(index <= kMaxNoiseIndex && width < (int64_t(1) << 30), op, "index", "expected less than 2^28, tokens less than 2^30");
   if (out.ndim == 2 && width == 0) return;
   launch("noise", noise_cpu,
-         NoiseParams{.seed = seed.data<int64_t>(), .lineage = lineage.data<int64_t>(), .pos = pos.data<int32_t>(), .out = out.data<double>(),
-                     .rows = rows, .width = width, .purpose = purpose_of(op, purpose), .index = index});
+         NoiseParams{.seed = seed.data<int64_t>(),
+                     .lineage = lineage.data<int64_t>(),
+                     .pos = pos.data<int32_t>(),
+                     .out = out.data<double>(),
+                     .rows = rows,
+                     .width = width,
+                     .purpose = purpose_of(op, purpose),
+                     .index = index});
 }
 
 void penalize(TensorView logits, TensorView history, OptionalTensor cu_history, TensorView repetition, TensorView presence, TensorView frequency,
@@ -101,12 +128,22 @@ void penalize(TensorView logits, TensorView history, OptionalTensor cu_history, 
   require_vector(cu_bias, op, "cu_bias", DType::i32, rows + 1);
   require_vector(num_rows, op, "num_rows", DType::i32, 1);
   launch("penalize", penalize_cpu,
-         PenalizeParams{.logits = logits.data<float>(), .history = history.data<int32_t>(), .cu_history = data_or_null<int32_t>(cu_history),
-                        .repetition = repetition.data<float>(), .presence = presence.data<float>(), .frequency = frequency.data<float>(),
-                        .bias_ids = data_or_null<int32_t>(bias_ids), .cu_bias = data_or_null<int32_t>(cu_bias),
-                        .bias_values = data_or_null<float>(bias_values), .num_rows = data_or_null<int32_t>(num_rows), .rows = rows,
-                        .width = logits.shape[1], .stride = logits.strides[0], .history_width = cu_history ? 0 : history.shape[1],
-                        .total_history = history.numel(), .total_bias = bias_ids ? bias_ids->shape[0] : 0});
+         PenalizeParams{.logits = logits.data<float>(),
+                        .history = history.data<int32_t>(),
+                        .cu_history = data_or_null<int32_t>(cu_history),
+                        .repetition = repetition.data<float>(),
+                        .presence = presence.data<float>(),
+                        .frequency = frequency.data<float>(),
+                        .bias_ids = data_or_null<int32_t>(bias_ids),
+                        .cu_bias = data_or_null<int32_t>(cu_bias),
+                        .bias_values = data_or_null<float>(bias_values),
+                        .num_rows = data_or_null<int32_t>(num_rows),
+                        .rows = rows,
+                        .width = logits.shape[1],
+                        .stride = logits.strides[0],
+                        .history_width = cu_history ? 0 : history.shape[1],
+                        .total_history = history.numel(),
+                        .total_bias = bias_ids ? bias_ids->shape[0] : 0});
 }
 
 }  // namespace

@@ -17,8 +17,13 @@ void ancestor_mask(TensorView parent, TensorView n, TensorView mask, TensorView 
   require_tensor(mask, op, "mask", DType::i64, {batch, nodes, words});
   require_tensor(depth, op, "depth", DType::i32, {batch, nodes});
   launch("ancestor_mask", ancestor_mask_cpu,
-         AncestorMaskParams{.parent = parent.data<int32_t>(), .n = n.data<int32_t>(), .mask = mask.data<uint64_t>(),
-                            .depth = depth.data<int32_t>(), .batch = batch, .nodes = nodes, .words = words});
+         AncestorMaskParams{.parent = parent.data<int32_t>(),
+                            .n = n.data<int32_t>(),
+                            .mask = mask.data<uint64_t>(),
+                            .depth = depth.data<int32_t>(),
+                            .batch = batch,
+                            .nodes = nodes,
+                            .words = words});
 }
 
 void walk(TensorView next, TensorView tokens, TensorView parent, TensorView n, TensorView path, TensorView accepted, TensorView bonus) {
@@ -32,8 +37,14 @@ void walk(TensorView next, TensorView tokens, TensorView parent, TensorView n, T
   require_tensor(accepted, op, "accepted", DType::i32, {batch});
   require_tensor(bonus, op, "bonus", DType::i32, {batch});
   launch("walk", walk_cpu,
-         WalkParams{.next = next.data<int32_t>(), .tokens = tokens.data<int32_t>(), .parent = parent.data<int32_t>(), .n = n.data<int32_t>(),
-                    .path = path.data<int32_t>(), .accepted = accepted.data<int32_t>(), .bonus = bonus.data<int32_t>(), .batch = batch,
+         WalkParams{.next = next.data<int32_t>(),
+                    .tokens = tokens.data<int32_t>(),
+                    .parent = parent.data<int32_t>(),
+                    .n = n.data<int32_t>(),
+                    .path = path.data<int32_t>(),
+                    .accepted = accepted.data<int32_t>(),
+                    .bonus = bonus.data<int32_t>(),
+                    .batch = batch,
                     .nodes = nodes});
 }
 
@@ -49,14 +60,27 @@ void verify(TensorView p, TensorView q, TensorView tokens, TensorView parent, Te
   const int64_t batch = p.shape[0], nodes = p.shape[1], vocab = p.shape[2];
   require_laws(p, op, "p", batch, nodes, vocab);
   require_laws(q, op, "q", batch, nodes, vocab);
-  for (auto [t, name] : {std::pair{&tokens, "tokens"}, {&parent, "parent"}, {&path, "path"}}) require_tensor(*t, op, name, DType::i32, {batch, nodes});
-  for (auto [t, name] : {std::pair{&n, "n"}, {&pos, "pos"}, {&accepted, "accepted"}, {&bonus, "bonus"}}) require_tensor(*t, op, name, DType::i32, {batch});
+  for (auto [t, name] : {std::pair{&tokens, "tokens"}, {&parent, "parent"}, {&path, "path"}})
+    require_tensor(*t, op, name, DType::i32, {batch, nodes});
+  for (auto [t, name] : {std::pair{&n, "n"}, {&pos, "pos"}, {&accepted, "accepted"}, {&bonus, "bonus"}})
+    require_tensor(*t, op, name, DType::i32, {batch});
   for (auto [t, name] : {std::pair{&seed, "seed"}, {&lineage, "lineage"}}) require_tensor(*t, op, name, DType::i64, {batch});
   launch("verify", verify_cpu,
-         VerifyParams{.p = p.data<float>(), .q = q.data<float>(), .tokens = tokens.data<int32_t>(), .parent = parent.data<int32_t>(),
-                      .n = n.data<int32_t>(), .seed = seed.data<int64_t>(), .lineage = lineage.data<int64_t>(), .pos = pos.data<int32_t>(),
-                      .path = path.data<int32_t>(), .accepted = accepted.data<int32_t>(), .bonus = bonus.data<int32_t>(), .batch = batch,
-                      .nodes = nodes, .vocab = vocab, .replacement = replacement});
+         VerifyParams{.p = p.data<float>(),
+                      .q = q.data<float>(),
+                      .tokens = tokens.data<int32_t>(),
+                      .parent = parent.data<int32_t>(),
+                      .n = n.data<int32_t>(),
+                      .seed = seed.data<int64_t>(),
+                      .lineage = lineage.data<int64_t>(),
+                      .pos = pos.data<int32_t>(),
+                      .path = path.data<int32_t>(),
+                      .accepted = accepted.data<int32_t>(),
+                      .bonus = bonus.data<int32_t>(),
+                      .batch = batch,
+                      .nodes = nodes,
+                      .vocab = vocab,
+                      .replacement = replacement});
 }
 
 void select_top(TensorView scores, TensorView parent, TensorView out) {
@@ -67,8 +91,12 @@ void select_top(TensorView scores, TensorView parent, TensorView out) {
   require_tensor(out, op, "out", DType::i32, {batch, -1});
   require(out.shape[1] >= 1 && candidates < (int64_t(1) << 30), op, "N", "expected at least 1, and less than 2^30 candidates");
   launch("select_top", select_top_cpu,
-         SelectTopParams{.scores = scores.data<float>(), .parent = parent.data<int32_t>(), .out = out.data<int32_t>(), .batch = batch,
-                         .candidates = candidates, .keep = out.shape[1]});
+         SelectTopParams{.scores = scores.data<float>(),
+                         .parent = parent.data<int32_t>(),
+                         .out = out.data<int32_t>(),
+                         .batch = batch,
+                         .candidates = candidates,
+                         .keep = out.shape[1]});
 }
 
 }  // namespace

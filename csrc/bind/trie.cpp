@@ -22,7 +22,8 @@ py::tuple query(NgramTrie& trie, const std::vector<int64_t>& suffix, int budget,
   NgramDraft draft;
   {
     py::gil_scoped_release nogil;
-    draft = trie.query(ids.data(), static_cast<int64_t>(ids.size()), budget, max_depth, static_cast<NgramMode>(mode), static_cast<NgramShape>(shape), request);
+    draft = trie.query(ids.data(), static_cast<int64_t>(ids.size()), budget, max_depth, static_cast<NgramMode>(mode), static_cast<NgramShape>(shape),
+                       request);
   }
   return py::make_tuple(to_numpy(draft.tokens), to_numpy(draft.parent));
 }
@@ -30,9 +31,15 @@ py::tuple query(NgramTrie& trie, const std::vector<int64_t>& suffix, int budget,
 py::dict stats(const NgramTrie& trie) {
   const NgramStats s = trie.stats();
   py::dict d;
-  for (const auto& [name, value] : {std::pair{"nodes", s.nodes}, {"trees", s.trees}, {"bytes", s.bytes}, {"requests", s.requests},
-                                    {"evicted_trees", s.evicted_trees}, {"squeezed_trees", s.squeezed_trees}, {"queries", s.queries},
-                                    {"hits", s.hits}, {"drafted", s.drafted}})
+  for (const auto& [name, value] : {std::pair{"nodes", s.nodes},
+                                    {"trees", s.trees},
+                                    {"bytes", s.bytes},
+                                    {"requests", s.requests},
+                                    {"evicted_trees", s.evicted_trees},
+                                    {"squeezed_trees", s.squeezed_trees},
+                                    {"queries", s.queries},
+                                    {"hits", s.hits},
+                                    {"drafted", s.drafted}})
     d[name] = value;
   return d;
 }
@@ -44,40 +51,45 @@ STRETTO_BIND(trie) {
   py::class_<NgramTrie>(m, "NgramTrie", "See stretto.cache.NgramTrie.")
       .def(py::init([](int branch_length, int max_query_length, int64_t max_bytes, int32_t vocab_size, uint32_t max_tree_nodes,
                        std::vector<int32_t> eos, std::vector<int32_t> stop_tokens) {
-             return std::make_unique<NgramTrie>(NgramConfig{branch_length, max_query_length, max_bytes, vocab_size, max_tree_nodes, std::move(eos), std::move(stop_tokens)});
+             return std::make_unique<NgramTrie>(
+                 NgramConfig{branch_length, max_query_length, max_bytes, vocab_size, max_tree_nodes, std::move(eos), std::move(stop_tokens)});
            }),
            py::kw_only(), py::arg("branch_length"), py::arg("max_query_length"), py::arg("max_bytes"), py::arg("vocab_size"),
            py::arg("max_tree_nodes"), py::arg("eos"), py::arg("stop_tokens"))
-      .def("insert_input", [](NgramTrie& t, int64_t request, const Ids& ids) {
-        const int32_t* data = ids.data();
-        const int64_t n = ids.size();
-        py::gil_scoped_release nogil;
-        t.insert_input(request, data, n);
-      })
-      .def("extend_output", [](NgramTrie& t, int64_t request, const Ids& ids) {
-        const int32_t* data = ids.data();
-        const int64_t n = ids.size();
-        py::gil_scoped_release nogil;
-        t.extend_output(request, data, n);
-      })
-      .def("insert_output", [](NgramTrie& t, const Ids& ids) {
-        const int32_t* data = ids.data();
-        const int64_t n = ids.size();
-        py::gil_scoped_release nogil;
-        t.insert_output(data, n);
-      })
+      .def("insert_input",
+           [](NgramTrie& t, int64_t request, const Ids& ids) {
+             const int32_t* data = ids.data();
+             const int64_t n = ids.size();
+             py::gil_scoped_release nogil;
+             t.insert_input(request, data, n);
+           })
+      .def("extend_output",
+           [](NgramTrie& t, int64_t request, const Ids& ids) {
+             const int32_t* data = ids.data();
+             const int64_t n = ids.size();
+             py::gil_scoped_release nogil;
+             t.extend_output(request, data, n);
+           })
+      .def("insert_output",
+           [](NgramTrie& t, const Ids& ids) {
+             const int32_t* data = ids.data();
+             const int64_t n = ids.size();
+             py::gil_scoped_release nogil;
+             t.insert_output(data, n);
+           })
       .def("release", &NgramTrie::release, Release())
       .def("query", &query)
       .def("count", [](const NgramTrie& t, const Ids& ids, int64_t request) { return t.count(ids.data(), ids.size(), request); })
       .def("stats", &stats)
-      .def("dump", [](const NgramTrie& t) {
-        std::vector<int32_t> words;
-        {
-          py::gil_scoped_release nogil;
-          words = t.dump();
-        }
-        return to_numpy(words);
-      })
+      .def("dump",
+           [](const NgramTrie& t) {
+             std::vector<int32_t> words;
+             {
+               py::gil_scoped_release nogil;
+               words = t.dump();
+             }
+             return to_numpy(words);
+           })
       .def("restore", [](NgramTrie& t, const Ids& words) {
         const int32_t* data = words.data();
         const int64_t n = words.size();

@@ -22,7 +22,10 @@ namespace {
 // reads is one stream that the hardware prefetches; a thread that is through helps the others with theirs.
 struct Job {
   static constexpr int kShares = 64;
-  struct alignas(64) Share { std::atomic<int64_t> next{0}; int64_t end = 0; };
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
 
   void (*task)(void*, int64_t) = nullptr;
   void* context = nullptr;
@@ -117,8 +120,8 @@ int quota_cpus(const std::string& quota_file, const std::string& period_file) {
 
 // The tightest quota on the way from the process's control group to the root, for both versions of the interface.
 int cgroup_cpus() {
-  int cpus = std::min(quota_cpus("/sys/fs/cgroup/cpu.max", ""),
-                      quota_cpus("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"));
+  int cpus =
+      std::min(quota_cpus("/sys/fs/cgroup/cpu.max", ""), quota_cpus("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"));
   std::ifstream groups("/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {
     if (line.rfind("0::/", 0) != 0) continue;
@@ -199,7 +202,9 @@ void with_team(int n, void (*body)(void*), void* context) {
     if (current_team || inside_task) return body(context);
     Team alone{0};
     current_team = &alone;
-    struct Reset { ~Reset() { current_team = nullptr; } } reset;
+    struct Reset {
+      ~Reset() { current_team = nullptr; }
+    } reset;
     return body(context);
   }
   std::exception_ptr error;
@@ -213,9 +218,7 @@ void with_team(int n, void (*body)(void*), void* context) {
       current_team = &team;
       try {
         body(context);
-      } catch (...) {
-        error = std::current_exception();
-      }
+      } catch (...) { error = std::current_exception(); }
       current_team = nullptr;
       team.dismiss();
     } else {

@@ -20,13 +20,18 @@ void with_team(int n, void (*body)(void* context), void* context);
 
 // f(i) for i in [begin, end), `grain` consecutive i to a task. A range of one task runs on the caller without any hand-over.
 template <class F> void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  struct Context { int64_t begin, end, grain; const F* f; } context{begin, end, grain < 1 ? 1 : grain, &f};
+  struct Context {
+    int64_t begin, end, grain;
+    const F* f;
+  } context{begin, end, grain < 1 ? 1 : grain, &f};
   if (end <= begin) return;
-  run_tasks((end - begin + context.grain - 1) / context.grain, [](void* c, int64_t i) {
-    const Context& x = *static_cast<Context*>(c);
-    const int64_t first = x.begin + i * x.grain, last = first + x.grain < x.end ? first + x.grain : x.end;
-    for (int64_t j = first; j < last; ++j) (*x.f)(j);
-  }, &context);
+  run_tasks((end - begin + context.grain - 1) / context.grain,
+            [](void* c, int64_t i) {
+              const Context& x = *static_cast<Context*>(c);
+              const int64_t first = x.begin + i * x.grain, last = first + x.grain < x.end ? first + x.grain : x.end;
+              for (int64_t j = first; j < last; ++j) (*x.f)(j);
+            },
+            &context);
 }
 
 // Scratch memory of the calling thread, 64-byte aligned, valid until its next call with the same slot; grows and is reused.

@@ -30,9 +30,7 @@ static inline PhiloxBlock noise_block(int64_t seed, int64_t lineage, int32_t pos
 }
 
 // A multiple of 2^-53 in [0, 1).
-static inline double uniform53(const PhiloxBlock& b) {
-  return static_cast<double>(((uint64_t(b.word[1]) << 32) | b.word[0]) >> 11) * 0x1p-53;
-}
+static inline double uniform53(const PhiloxBlock& b) { return static_cast<double>(((uint64_t(b.word[1]) << 32) | b.word[0]) >> 11) * 0x1p-53; }
 
 // In (0, 1), never an end: its logarithm is finite and negative.
 static inline double uniform_open(uint32_t word) { return (static_cast<double>(word) + 0.5) * 0x1p-32; }

@@ -21,8 +21,16 @@ inline constexpr int kLanes = 16;
 
 #define STRETTO_INLINE static inline __attribute__((always_inline))
 
-STRETTO_INLINE float bits_to_float(uint32_t b) { float f; std::memcpy(&f, &b, 4); return f; }
-STRETTO_INLINE uint32_t float_to_bits(float f) { uint32_t b; std::memcpy(&b, &f, 4); return b; }
+STRETTO_INLINE float bits_to_float(uint32_t b) {
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+STRETTO_INLINE uint32_t float_to_bits(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  return b;
+}
 
 #if defined(STRETTO_ISA_avx512)
 
@@ -37,7 +45,7 @@ STRETTO_INLINE f32x16 sub(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}
 STRETTO_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 STRETTO_INLINE f32x16 div(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 STRETTO_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
-STRETTO_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
+STRETTO_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }                   // b where either is NaN
 STRETTO_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 STRETTO_INLINE f32x16 round_even(f32x16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // 2^n for integral n in [-126, 127]
@@ -51,7 +59,9 @@ STRETTO_INLINE void store(half_t* p, f32x16 a) {
 STRETTO_INLINE f32x16 load(const bfloat16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
 }
-STRETTO_INLINE f32x16 load(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))}; }
+STRETTO_INLINE f32x16 load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 STRETTO_INLINE float sum8(__m256 s) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
@@ -68,13 +78,19 @@ STRETTO_INLINE __m256 high_half(f32x16 a) { return _mm512_extractf32x8_ps(a.v, 1
 #elif defined(STRETTO_ISA_avx2)
 
 struct f32x16 { __m256 lo, hi; };
-STRETTO_INLINE __m256i first_mask8(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+STRETTO_INLINE __m256i first_mask8(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+STRETTO_INLINE f32x16 broadcast(float x) {
+  const __m256 v = _mm256_set1_ps(x);
+  return {v, v};
 }
-STRETTO_INLINE f32x16 broadcast(float x) { const __m256 v = _mm256_set1_ps(x); return {v, v}; }
 STRETTO_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-STRETTO_INLINE f32x16 load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first_mask8(n)), _mm256_maskload_ps(p + 8, first_mask8(n - 8))}; }
-STRETTO_INLINE void store(float* p, f32x16 a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+STRETTO_INLINE f32x16 load_first(const float* p, int n) {
+  return {_mm256_maskload_ps(p, first_mask8(n)), _mm256_maskload_ps(p + 8, first_mask8(n - 8))};
+}
+STRETTO_INLINE void store(float* p, f32x16 a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
 STRETTO_INLINE void store_first(float* p, f32x16 a, int n) {
   _mm256_maskstore_ps(p, first_mask8(n), a.lo);
   _mm256_maskstore_ps(p + 8, first_mask8(n - 8), a.hi);
@@ -130,9 +146,9 @@ STRETTO_INLINE __m256 high_half(f32x16 a) { return a.hi; }
 struct f32x16 { float v[16]; };
 STRETTO_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);           // infinity, NaN
-  if (magnitude >= 0x0400u) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));                // normal
-  return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 5.9604644775390625e-8f));       // subnormal: m * 2^-24
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);     // infinity, NaN
+  if (magnitude >= 0x0400u) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));           // normal
+  return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 5.9604644775390625e-8f));  // subnormal: m * 2^-24
 }
 STRETTO_INLINE uint16_t float_to_half(float f) {  // round to nearest, ties to even
   const uint32_t b = float_to_bits(f), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
@@ -145,12 +161,19 @@ STRETTO_INLINE uint16_t float_to_half(float f) {  // round to nearest, ties to e
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
 }
-#define STRETTO_LANES(expr) f32x16 r; for (int i = 0; i < 16; ++i) r.v[i] = (expr); return r
+#define STRETTO_LANES(expr)                     \
+  f32x16 r;                                     \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expr); \
+  return r
 STRETTO_INLINE f32x16 broadcast(float x) { STRETTO_LANES(x); }
 STRETTO_INLINE f32x16 load(const float* p) { STRETTO_LANES(p[i]); }
 STRETTO_INLINE f32x16 load_first(const float* p, int n) { STRETTO_LANES(i < n ? p[i] : 0.f); }
-STRETTO_INLINE void store(float* p, f32x16 a) { for (int i = 0; i < 16; ++i) p[i] = a.v[i]; }
-STRETTO_INLINE void store_first(float* p, f32x16 a, int n) { for (int i = 0; i < 16 && i < n; ++i) p[i] = a.v[i]; }
+STRETTO_INLINE void store(float* p, f32x16 a) {
+  for (int i = 0; i < 16; ++i) p[i] = a.v[i];
+}
+STRETTO_INLINE void store_first(float* p, f32x16 a, int n) {
+  for (int i = 0; i < 16 && i < n; ++i) p[i] = a.v[i];
+}
 STRETTO_INLINE f32x16 add(f32x16 a, f32x16 b) { STRETTO_LANES(a.v[i] + b.v[i]); }
 STRETTO_INLINE f32x16 sub(f32x16 a, f32x16 b) { STRETTO_LANES(a.v[i] - b.v[i]); }
 STRETTO_INLINE f32x16 mul(f32x16 a, f32x16 b) { STRETTO_LANES(a.v[i] * b.v[i]); }
@@ -161,7 +184,9 @@ STRETTO_INLINE f32x16 min(f32x16 a, f32x16 b) { STRETTO_LANES(a.v[i] < b.v[i] ? 
 STRETTO_INLINE f32x16 round_even(f32x16 a) { STRETTO_LANES(__builtin_rintf(a.v[i])); }
 STRETTO_INLINE f32x16 exp2_integral(f32x16 n) { STRETTO_LANES(bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23)); }
 STRETTO_INLINE f32x16 load(const half_t* p) { STRETTO_LANES(half_to_float(p[i].bits)); }
-STRETTO_INLINE void store(half_t* p, f32x16 a) { for (int i = 0; i < 16; ++i) p[i].bits = float_to_half(a.v[i]); }
+STRETTO_INLINE void store(half_t* p, f32x16 a) {
+  for (int i = 0; i < 16; ++i) p[i].bits = float_to_half(a.v[i]);
+}
 STRETTO_INLINE f32x16 load(const bfloat16_t* p) { STRETTO_LANES(bits_to_float(uint32_t(p[i].bits) << 16)); }
 STRETTO_INLINE f32x16 load(const int8_t* p) { STRETTO_LANES(static_cast<float>(p[i])); }
 #undef STRETTO_LANES
@@ -174,19 +199,21 @@ STRETTO_INLINE void store(bfloat16_t* p, f32x16 a) {  // round to nearest, ties 
   store(lanes, a);
   for (int i = 0; i < 16; ++i) {
     const uint32_t b = float_to_bits(lanes[i]);
-    p[i].bits = (b & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>((b >> 16) | 0x40u)
-                                                : static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+    p[i].bits =
+        (b & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>((b >> 16) | 0x40u) : static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
   }
 }
 
 // Sum and maximum over lanes in one fixed tree: 16 -> 8 -> 4 -> 2 -> 1, upper half onto lower.
 #if defined(STRETTO_ISA_scalar)
 STRETTO_INLINE float reduce_add(f32x16 a) {
-  for (int n = 8; n > 0; n /= 2) for (int i = 0; i < n; ++i) a.v[i] += a.v[i + n];
+  for (int n = 8; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) a.v[i] += a.v[i + n];
   return a.v[0];
 }
 STRETTO_INLINE float reduce_max(f32x16 a) {
-  for (int n = 8; n > 0; n /= 2) for (int i = 0; i < n; ++i) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
+  for (int n = 8; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
   return a.v[0];
 }
 #else
@@ -216,12 +243,15 @@ STRETTO_INLINE float to_float(half_t x) { return half_to_float(x.bits); }
 STRETTO_INLINE void from_float(half_t& out, float x) { out.bits = float_to_half(x); }
 #else
 STRETTO_INLINE float to_float(half_t x) { return _cvtsh_ss(x.bits); }
-STRETTO_INLINE void from_float(half_t& out, float x) { out.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+STRETTO_INLINE void from_float(half_t& out, float x) {
+  out.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 #endif
 STRETTO_INLINE void from_float(float& out, float x) { out = x; }
 STRETTO_INLINE void from_float(bfloat16_t& out, float x) {
   const uint32_t b = float_to_bits(x);
-  out.bits = (b & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>((b >> 16) | 0x40u) : static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+  out.bits =
+      (b & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>((b >> 16) | 0x40u) : static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
 }
 
 // First n of 16 elements (the rest zero, not read), any element type.

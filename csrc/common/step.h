@@ -26,7 +26,7 @@ class Step {
   std::vector<std::pair<std::string, double>> run_timed(int threads) const;  // (op, microseconds) for each call
   size_t size() const { return calls_.size(); }
 
-  static Step* recording();            // the Step this thread records into, or nullptr
+  static Step* recording();  // the Step this thread records into, or nullptr
   static void set_recording(Step* s);
 
  private:

@@ -44,8 +44,7 @@ inline void require(bool ok, const char* op, const char* argument, const std::st
 // A dense tensor of this type and rank; -1 in `shape` is any size.
 inline void require_tensor(const TensorView& t, const char* op, const char* argument, DType dtype, std::initializer_list<int64_t> shape) {
   require(t.dtype == dtype, op, argument, std::string(dtype_name(t.dtype)) + ", expected " + dtype_name(dtype));
-  require(t.ndim == static_cast<int>(shape.size()), op, argument,
-          std::to_string(t.ndim) + " dimensions, expected " + std::to_string(shape.size()));
+  require(t.ndim == static_cast<int>(shape.size()), op, argument, std::to_string(t.ndim) + " dimensions, expected " + std::to_string(shape.size()));
   int i = 0;
   for (int64_t want : shape) {
     require(want < 0 || t.shape[i] == want, op, argument,

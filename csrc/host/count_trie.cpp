@@ -255,17 +255,21 @@ std::string CountTrie::restore(const int32_t* words, int64_t size, int32_t vocab
     const int32_t token = words[i], count = words[i + 1], num_children = words[i + 2];
     const std::string where = "node " + std::to_string(i / 3) + ": ";
     if (token < 0 || token >= vocab_size) return where + "token " + std::to_string(token) + ", expected 0 to " + std::to_string(vocab_size - 1);
-    if (num_children < 0 || num_children > (size - i) / 3 - 1) return where + "children " + std::to_string(num_children) + ", expected at most the nodes that follow";
+    if (num_children < 0 || num_children > (size - i) / 3 - 1)
+      return where + "children " + std::to_string(num_children) + ", expected at most the nodes that follow";
     if (path.empty()) {
-      if (count != 0 || num_children == 0) return where + "a root with count " + std::to_string(count) + " and " + std::to_string(num_children) + " children, expected 0 and some";
+      if (count != 0 || num_children == 0)
+        return where + "a root with count " + std::to_string(count) + " and " + std::to_string(num_children) + " children, expected 0 and some";
       if (trees_.count(token)) return where + "token " + std::to_string(token) + " is a root for the second time";
       tree = &tree_of(token);
       path.push_back({tree->root, num_children, -1, INT32_MAX});
       continue;
     }
     Open& parent = path.back();
-    if (token <= parent.last_token) return where + "token " + std::to_string(token) + ", expected more than its sibling's " + std::to_string(parent.last_token);
-    if (count < 1 || count > parent.count) return where + "count " + std::to_string(count) + ", expected 1 to its parent's " + std::to_string(parent.count);
+    if (token <= parent.last_token)
+      return where + "token " + std::to_string(token) + ", expected more than its sibling's " + std::to_string(parent.last_token);
+    if (count < 1 || count > parent.count)
+      return where + "count " + std::to_string(count) + ", expected 1 to its parent's " + std::to_string(parent.count);
     if (num_children && static_cast<int>(path.size()) >= depth_) return where + "deeper than " + std::to_string(depth_);
     const NodeId node = add_child(parent.node, token, static_cast<uint32_t>(count));
     ++tree->nodes;

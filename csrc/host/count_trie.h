@@ -46,8 +46,8 @@ class CountTrie {
 
   // Counts every n-gram that ends with `token`. When `is_root`, later tokens are counted below it too.
   void append(Text& text, int32_t token, bool is_root);
-  void squeeze();                  // halves and thins every tree that has outgrown max_tree_nodes
-  void evict(int64_t max_bytes);   // drops least recently used trees until bytes() is at most max_bytes
+  void squeeze();                 // halves and thins every tree that has outgrown max_tree_nodes
+  void evict(int64_t max_bytes);  // drops least recently used trees until bytes() is at most max_bytes
   void clear();
 
   NodeId find_root(int32_t token) const;  // kNone where there is no such tree

@@ -51,7 +51,10 @@ class Selection {
 
   NgramDraft emit() {
     NgramDraft draft;
-    struct Open { uint32_t node; int32_t parent; };
+    struct Open {
+      uint32_t node;
+      int32_t parent;
+    };
     std::vector<Open> stack{{0, -1}};
     std::vector<uint32_t> kids;
     while (!stack.empty()) {
@@ -116,7 +119,8 @@ class Selection {
     const auto begin = nodes_.begin() + first, cut = begin + room_;
     std::nth_element(begin, cut, nodes_.end(), [](const Candidate& a, const Candidate& b) { return a.f != b.f ? a.f > b.f : a.token < b.token; });
     const auto end = cut + std::min<int64_t>(room_, nodes_.end() - cut);
-    std::nth_element(cut, end, nodes_.end(), [](const Candidate& a, const Candidate& b) { return a.f_out != b.f_out ? a.f_out > b.f_out : a.token < b.token; });
+    std::nth_element(cut, end, nodes_.end(),
+                     [](const Candidate& a, const Candidate& b) { return a.f_out != b.f_out ? a.f_out > b.f_out : a.token < b.token; });
     nodes_.erase(end, nodes_.end());
     std::sort(begin, nodes_.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
   }

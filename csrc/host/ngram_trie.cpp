@@ -37,7 +37,7 @@ void NgramTrie::insert_input(int64_t request, const int32_t* tokens, int64_t n) 
   const Lock lock(mutex_);
   Request& state = requests_[request];
   const int64_t used = prompt_bytes_, room = (config_.max_bytes - used) / 8 - 1;  // tokens: 4 bytes each and 4 for its place
-  const int64_t kept = std::min(n - 1, room);                                      // the end of a prompt that is too long
+  const int64_t kept = std::min(n - 1, room);                                     // the end of a prompt that is too long
   if (kept < 1) return;
   if (!state.prompt) state.prompt = std::make_unique<SuffixIndex>(span());
   prompt_bytes_ -= state.prompt->bytes();
@@ -115,9 +115,15 @@ std::pair<int64_t, int64_t> NgramTrie::count(const int32_t* tokens, int64_t n, i
 
 NgramStats NgramTrie::stats() const {
   const Lock lock(mutex_);
-  return {.nodes = outputs_->nodes(), .trees = outputs_->trees(), .bytes = outputs_->bytes() + prompt_bytes_,
-          .requests = static_cast<int64_t>(requests_.size()), .evicted_trees = outputs_->evicted_trees(),
-          .squeezed_trees = outputs_->squeezed_trees(), .queries = queries_, .hits = hits_, .drafted = drafted_};
+  return {.nodes = outputs_->nodes(),
+          .trees = outputs_->trees(),
+          .bytes = outputs_->bytes() + prompt_bytes_,
+          .requests = static_cast<int64_t>(requests_.size()),
+          .evicted_trees = outputs_->evicted_trees(),
+          .squeezed_trees = outputs_->squeezed_trees(),
+          .queries = queries_,
+          .hits = hits_,
+          .drafted = drafted_};
 }
 
 std::vector<int32_t> NgramTrie::dump() const {

@@ -19,7 +19,7 @@ struct NgramConfig {
   int max_query_length = 2;       // tokens matched before it
   int64_t max_bytes = 256 << 20;  // of everything here
   int32_t vocab_size = 0;
-  uint32_t max_tree_nodes = 512;  // output nodes below one root that survive the end of a request unsqueezed
+  uint32_t max_tree_nodes = 512;     // output nodes below one root that survive the end of a request unsqueezed
   std::vector<int32_t> eos;          // an output ends before the first of these
   std::vector<int32_t> stop_tokens;  // too common to start an output branch or to be looked up alone
 };
@@ -31,16 +31,14 @@ struct NgramDraft {
   std::vector<int32_t> tokens, parent;  // node 0 is the last token of the suffix, parent[0] = -1; depth-first, the likelier child first
 };
 
-struct NgramStats {
-  int64_t nodes, trees, bytes, requests, evicted_trees, squeezed_trees, queries, hits, drafted;
-};
+struct NgramStats { int64_t nodes, trees, bytes, requests, evicted_trees, squeezed_trees, queries, hits, drafted; };
 
 class NgramTrie {
  public:
   explicit NgramTrie(NgramConfig config);
   const NgramConfig& config() const { return config_; }
 
-  void insert_input(int64_t request, const int32_t* tokens, int64_t n);  // a prompt; its first token is left out
+  void insert_input(int64_t request, const int32_t* tokens, int64_t n);   // a prompt; its first token is left out
   void extend_output(int64_t request, const int32_t* tokens, int64_t n);  // the next tokens of the request's answer
   void insert_output(const int32_t* tokens, int64_t n);                   // a whole text
   void release(int64_t request);                                          // end of a request; unknown ones are ignored
@@ -75,10 +73,10 @@ class NgramTrie {
 // The draft below one place of the n-grams. Shared with tests through NgramTrie::query only.
 struct NgramPlace {
   const CountTrie* outputs;
-  CountTrie::NodeId output;    // kNone: not among the outputs
-  const SuffixIndex* prompt;   // null: no prompt
-  SuffixIndex::Range input;    // positions of the prompt that match
-  int offset;                  // tokens matched so far
+  CountTrie::NodeId output;   // kNone: not among the outputs
+  const SuffixIndex* prompt;  // null: no prompt
+  SuffixIndex::Range input;   // positions of the prompt that match
+  int offset;                 // tokens matched so far
 };
 NgramDraft build_draft(const NgramPlace& place, int32_t root_token, int budget, int max_depth, NgramMode mode, NgramShape shape);
 

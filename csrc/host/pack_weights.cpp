@@ -83,19 +83,19 @@ void pack_q6_k(const uint8_t* raw, uint8_t* unit, int lane) {
 void pack_unit(WeightFormat format, const uint8_t* raw, uint8_t* unit, int lane) {
   switch (format) {
     case WeightFormat::f32: std::memcpy(unit + 4 * lane, raw, 4); return;
-    case WeightFormat::f16: case WeightFormat::bf16: put_half(raw, unit, lane); return;
+    case WeightFormat::f16:
+    case WeightFormat::bf16: put_half(raw, unit, lane); return;
     case WeightFormat::q8_0:
       for (int g = 0; g < 8; ++g)
         for (int j = 0; j < 4; ++j) unit[64 * g + 4 * lane + j] = raw[2 + 4 * g + j] ^ 0x80;
       return put_half(raw, unit + 512, lane);
-    case WeightFormat::q4_0:
-      put_nibbles(raw + 2, unit, lane);
-      return put_half(raw, unit + 256, lane);
+    case WeightFormat::q4_0: put_nibbles(raw + 2, unit, lane); return put_half(raw, unit + 256, lane);
     case WeightFormat::q4_1:
       put_nibbles(raw + 4, unit, lane);
       put_half(raw, unit + 256, lane);
       return put_half(raw + 2, unit + 288, lane);
-    case WeightFormat::q5_0: case WeightFormat::q5_1: {
+    case WeightFormat::q5_0:
+    case WeightFormat::q5_1: {
       const int skip = format == WeightFormat::q5_0 ? 2 : 4;
       uint32_t bits;
       std::memcpy(&bits, raw + skip, 4);

@@ -12,7 +12,14 @@ OPTIONS = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.9, "top_p": 0.95, "seed": 7},
     "filtered": {"temperature": 1.3, "top_k": 12, "min_p": 0.02, "seed": 8},
-    "penalised": {"temperature": 0.8, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1, "logit_bias": {5: 1.5}, "seed": 9},
+    "penalised": {
+        "temperature": 0.8,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.1,
+        "logit_bias": {5: 1.5},
+        "seed": 9,
+    },
     "greedy-penalised": {"repetition_penalty": 1.3},
 }
 

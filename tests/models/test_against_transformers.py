@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from stretto.cache import CacheShape, PagedCache
 from stretto.engine.engine import EngineConfig
 from stretto.engine.llm import LLM
@@ -12,11 +11,13 @@ from stretto.models.loading.config import read_hf_config
 from stretto.models.loading.safetensors import open_safetensors
 from stretto.models.loading.weights import WeightSource
 from stretto.models.text.llama import LlamaModel
+
 from tests.tiny import LetterTokenizer
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+SMALL = dict(  # noqa: C408
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=512, head_dim=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,

@@ -6,9 +6,8 @@ import pydoc_data.topics
 from pathlib import Path
 
 import pytest
-import torch
-
 import stretto
+import torch
 from stretto.models.loading import find
 from stretto.models.loading.open import open_model
 from stretto.models.loading.weights import dequantize

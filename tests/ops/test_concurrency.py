@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-
 from stretto import ops
 from stretto.ops import _backend
 from stretto.ops.step import capture
 from stretto.ops.table import OPS, Make
+
 from tests.oracle import copies, same_bits, tensors_of
 from tests.subproc import python
 
@@ -36,9 +36,7 @@ def test_eight_threads_give_equal_results(op):
 
     def work(_: int) -> bool:
         start.wait()
-        return all(
-            same_bits(a, b) for _ in range(3) for case, w in zip(cases, want, strict=True) for a, b in zip(results(op, case), w, strict=True)
-        )
+        return all(same_bits(a, b) for _ in range(3) for case, w in zip(cases, want, strict=True) for a, b in zip(results(op, case), w, strict=True))
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))

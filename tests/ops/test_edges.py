@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from stretto.ops import _backend, norm
 from stretto.ops.table import OPS
+
 from tests.oracle import same_bits
 from tests.subproc import python
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import stretto.ops as ops
 import torch
+from stretto.ops.table import OPS, Case, Make
 from torch import Tensor
 
-import stretto.ops as ops
-from stretto.ops.table import OPS, Case, Make
 from tests.oracle import assert_close_to_oracle, copies, same_bits, tensors_of, to_double
 
 LEGAL = [pytest.param(op, case, id=f"{op.name}-{case.id}") for op in OPS.values() for case in op.cases(Make())]

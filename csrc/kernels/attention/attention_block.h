@@ -18,7 +18,7 @@ struct Sequence {
   int64_t first_row, rows;  // in q and out
   int64_t cached, limit;    // positions before these rows; positions there are pages for
   bool tree;
-  const uint64_t* mask;     // of its first row; mask_rows are there
+  const uint64_t* mask;  // of its first row; mask_rows are there
   int64_t mask_rows;
 };
 
@@ -26,15 +26,22 @@ inline constexpr int kMaxNodes = 256;  // of a tree; mask_words is at most 4
 
 // Queries [first, first + count) of a sequence, all heads of the groups of kv_heads kv heads. part: where its parts are, -1 if it is
 // not cut; the parts of a split stand kv head by kv head.
-struct Block { int32_t seq, kv_head, kv_heads, first, count, split_begin, split_end; int64_t part, row; };
+struct Block {
+  int32_t seq, kv_head, kv_heads, first, count, split_begin, split_end;
+  int64_t part, row;
+};
 
 STRETTO_INLINE Sequence sequence_of(const PagedAttentionParams& p, int64_t r) {
   int64_t begin = p.cu_q[r], end = p.cu_q[r + 1];
   begin = begin < 0 ? 0 : begin > p.rows ? p.rows : begin;
   end = end < begin ? begin : end > p.rows ? p.rows : end;
-  Sequence s{.first_row = begin, .rows = end - begin, .cached = p.cached[r] > 0 ? p.cached[r] : 0,
+  Sequence s{.first_row = begin,
+             .rows = end - begin,
+             .cached = p.cached[r] > 0 ? p.cached[r] : 0,
              .limit = p.pages > 0 ? p.table_width * p.page_size : 0,  // below 2^31: checked by the binding
-             .tree = false, .mask = nullptr, .mask_rows = 0};
+             .tree = false,
+             .mask = nullptr,
+             .mask_rows = 0};
   const int64_t start = p.mask && p.mask_start ? p.mask_start[r] : -1;
   if (start < 0) return s;
   s.tree = true;
@@ -177,7 +184,7 @@ template <class T> class Worker {
   int64_t kv_head, group, rows, base = 0;
   int num_tiles, first = 0, last = 0;  // first, last: keys of the split that some row sees
   bool convert, gather, ancestors = false;
-  float *acc = nullptr;
+  float* acc = nullptr;
   float *queries, *scores, *node_scores, *joined, *current, *chunk, *key_scale, *value_scale, *node_key_scale, *node_value_scale;
   const T** vector_keys;   // [kSplit / 16] where vectors of keys begin, by position in the split
   const T** value_rows_;   // [kSplit]
@@ -193,7 +200,11 @@ template <class T> class Worker {
   void place_scratch(char* memory) {
     const int64_t d = p.head_dim, part = part_floats(rows, d);
     float* f = reinterpret_cast<float*>(memory);
-    const auto take = [&](int64_t n) { float* at = f; f += n; return at; };
+    const auto take = [&](int64_t n) {
+      float* at = f;
+      f += n;
+      return at;
+    };
     queries = take(rows * d), scores = take(rows * kRowStride), node_scores = take(rows * kRowStride);
     joined = take(part), current = take(part), chunk = take(kChunk * d);
     key_scale = take(kRowStride), value_scale = take(kRowStride), node_key_scale = take(kRowStride), node_value_scale = take(kRowStride);
@@ -258,7 +269,8 @@ template <class T> class Worker {
       const int stop = left < end - i ? static_cast<int>(i + left) : end;
       const T* key = static_cast<const T*>(p.k_pages) + plane * p.page_size * p.head_dim + offset;
       const T* value = static_cast<const T*>(p.v_pages) + (plane * p.page_size + offset) * p.head_dim;
-      if (!gather) for (int j = i & ~(kLanes - 1); j < stop; j += kLanes) vectors[j / kLanes] = key + (j - i);
+      if (!gather)
+        for (int j = i & ~(kLanes - 1); j < stop; j += kLanes) vectors[j / kLanes] = key + (j - i);
       for (int j = i; j < stop; ++j) values[j] = value + (j - i) * p.head_dim;
       if (p.k_scales) {
         const float* ks = p.k_scales + plane * p.page_size + offset;
@@ -357,7 +369,8 @@ template <class T> class Worker {
       value_tile<V>(1, scores + r * kRowStride, values, low, high, p.head_dim, to_acc + r * p.head_dim);
     };
     for (int r = tr.first; r < tr.first + tr.count; ++r) row(r, begin, end < from ? end : from);
-    value_tile<V>(tr.count, scores + tr.first * kRowStride, values, begin > from ? begin : from, end < to ? end : to, p.head_dim, to_acc + tr.first * p.head_dim);
+    value_tile<V>(tr.count, scores + tr.first * kRowStride, values, begin > from ? begin : from, end < to ? end : to, p.head_dim,
+                  to_acc + tr.first * p.head_dim);
     for (int r = tr.first; r < tr.first + tr.count; ++r) row(r, begin > to ? begin : to, end);
   }
 
@@ -378,7 +391,8 @@ template <class T> class Worker {
 // kChunk rows that is one run of memory, and reading in runs of 24 KB and more is twice as fast as hopping between heads.
 template <class T> class BlockWorker {
  public:
-  BlockWorker(const PagedAttentionParams& p, const Sequence& seq, const Block& b) : block(b), rows(b.count * (p.heads / p.kv_heads)), dim(p.head_dim) {
+  BlockWorker(const PagedAttentionParams& p, const Sequence& seq, const Block& b)
+      : block(b), rows(b.count * (p.heads / p.kv_heads)), dim(p.head_dim) {
     const int64_t bytes = Worker<T>::scratch_bytes(p, rows), table = (b.kv_heads * static_cast<int64_t>(sizeof(Worker<T>)) + 63) / 64 * 64;
     char* memory = static_cast<char*>(thread_scratch(2, table + b.kv_heads * bytes));
     workers = reinterpret_cast<Worker<T>*>(memory);

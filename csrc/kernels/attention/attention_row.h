@@ -6,7 +6,10 @@ namespace stretto::STRETTO_ISA {
 
 // One split of one row, or several joined: the largest score, the sum of weights e^(score - m), and the weighted sum of values.
 // l == 0 marks a part without keys, whose acc is not read (with keys, l >= 1 or NaN).
-struct Part { float m, l; float* acc; };
+struct Part {
+  float m, l;
+  float* acc;
+};
 
 // into = into + next, in this order: each row joins its splits from first to last.
 STRETTO_INLINE void merge(Part& into, const Part& next, int64_t head_dim) {

@@ -20,18 +20,18 @@
 
 namespace stretto {
 struct PagedAttentionParams {
-  const float* q;           // [rows, heads, head_dim], strides q_row, q_head; elements contiguous
-  const void* k_pages;      // [pages, kv_heads, head_dim, page_size] of dtype: a key is a column, so that keys are lanes
-  const void* v_pages;      // [pages, kv_heads, page_size, head_dim] of dtype
-  const float* k_scales;    // int8: [pages, kv_heads, page_size], value = int8 * scale; else null
+  const float* q;         // [rows, heads, head_dim], strides q_row, q_head; elements contiguous
+  const void* k_pages;    // [pages, kv_heads, head_dim, page_size] of dtype: a key is a column, so that keys are lanes
+  const void* v_pages;    // [pages, kv_heads, page_size, head_dim] of dtype
+  const float* k_scales;  // int8: [pages, kv_heads, page_size], value = int8 * scale; else null
   const float* v_scales;
-  const int32_t* table;     // [seqs, table_width]: page of each page_size positions
-  const int32_t* cu_q;      // [seqs + 1]: sequence r owns rows cu_q[r] .. cu_q[r + 1]
-  const int32_t* cached;    // [seqs]: keys before this launch's rows
-  const int32_t* num_seqs;  // null, or [1]: sequences in use
-  const uint64_t* mask;     // null, or [mask_rows, mask_words]: bit j of a tree row: node j is an ancestor or itself
+  const int32_t* table;       // [seqs, table_width]: page of each page_size positions
+  const int32_t* cu_q;        // [seqs + 1]: sequence r owns rows cu_q[r] .. cu_q[r + 1]
+  const int32_t* cached;      // [seqs]: keys before this launch's rows
+  const int32_t* num_seqs;    // null, or [1]: sequences in use
+  const uint64_t* mask;       // null, or [mask_rows, mask_words]: bit j of a tree row: node j is an ancestor or itself
   const int32_t* mask_start;  // null, or [seqs]: the sequence's first row in mask; -1: causal
-  float* out;               // [rows, heads, head_dim], rows out_row apart; overlaps no input. Rows of no sequence are left alone
+  float* out;                 // [rows, heads, head_dim], rows out_row apart; overlaps no input. Rows of no sequence are left alone
   int64_t rows, heads, kv_heads, head_dim, pages, page_size, seqs, table_width, mask_rows, mask_words;
   int64_t q_row, q_head, out_row;
   int64_t window;  // a row at position p sees positions > p - window; 0: all

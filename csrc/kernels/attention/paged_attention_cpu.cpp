@@ -45,9 +45,15 @@ static int64_t add_blocks(const PagedAttentionParams& p, int64_t seq, Block* blo
     const int64_t splits = (end + kSplit - 1) / kSplit;
     for (int64_t h = 0; h < p.kv_heads; h += heads, ++n) {
       if (!blocks) continue;
-      blocks[n] = {.seq = static_cast<int32_t>(seq), .kv_head = static_cast<int32_t>(h), .kv_heads = static_cast<int32_t>(heads), .first = static_cast<int32_t>(first),
-                   .count = static_cast<int32_t>(count), .split_begin = static_cast<int32_t>(begin < splits ? begin : splits),
-                   .split_end = static_cast<int32_t>(splits), .part = -1, .row = {}};
+      blocks[n] = {.seq = static_cast<int32_t>(seq),
+                   .kv_head = static_cast<int32_t>(h),
+                   .kv_heads = static_cast<int32_t>(heads),
+                   .first = static_cast<int32_t>(first),
+                   .count = static_cast<int32_t>(count),
+                   .split_begin = static_cast<int32_t>(begin < splits ? begin : splits),
+                   .split_end = static_cast<int32_t>(splits),
+                   .part = -1,
+                   .row = {}};
     }
   }
   return n;

@@ -29,7 +29,7 @@ struct FormatInfo {
 };
 inline constexpr int kNumFormats = 11;
 static constexpr FormatInfo kFormatInfo[kNumFormats] = {
-    {"F32", 1, 4, 64},     {"F16", 1, 2, 32},      {"BF16", 1, 2, 32},      {"Q8_0", 32, 34, 544},    {"Q4_0", 32, 18, 288}, {"Q4_1", 32, 20, 320},
+    {"F32", 1, 4, 64},     {"F16", 1, 2, 32},     {"BF16", 1, 2, 32},       {"Q8_0", 32, 34, 544},    {"Q4_0", 32, 18, 288},   {"Q4_1", 32, 20, 320},
     {"Q5_0", 32, 22, 352}, {"Q5_1", 32, 24, 384}, {"Q4_K", 256, 144, 2368}, {"Q5_K", 256, 176, 2880}, {"Q6_K", 256, 210, 3360}};
 
 static constexpr const FormatInfo& format_info(WeightFormat f) { return kFormatInfo[static_cast<int>(f)]; }

@@ -104,7 +104,8 @@ template <class T, int R> static void float_tiles(const T* panel, int64_t count,
       float* out = sums + 16 * (R * i + r);
       const T* w = panel + 16 * p.k * i;
       if (count - i >= kGroups) float_tile<T, kRows, kGroups>(w, p.k, xr, p.x_stride, rows - r, out, 16 * R);
-      else for (int64_t j = 0; j < count - i; ++j) float_tile<T, kRows, 1>(w + 16 * p.k * j, p.k, xr, p.x_stride, rows - r, out + 16 * R * j, 16 * R);
+      else
+        for (int64_t j = 0; j < count - i; ++j) float_tile<T, kRows, 1>(w + 16 * p.k * j, p.k, xr, p.x_stride, rows - r, out + 16 * R * j, 16 * R);
     }
   }
 }

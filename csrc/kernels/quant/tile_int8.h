@@ -12,8 +12,16 @@ template <int kFirst, int kLast, class Fn> STRETTO_INLINE void unroll(const Fn& 
     unroll<kFirst + 1, kLast>(fn);
   }
 }
-STRETTO_INLINE int32_t get_i32(const uint8_t* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
-STRETTO_INLINE float get_f32(const uint8_t* p) { float v; std::memcpy(&v, p, 4); return v; }
+STRETTO_INLINE int32_t get_i32(const uint8_t* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+STRETTO_INLINE float get_f32(const uint8_t* p) {
+  float v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
 #define STRETTO_LAMBDA __attribute__((always_inline))
 
 // dots[r] = float(sum over quads [kFirst, kLast) of (byte - kOffset) * q_x). x: q[R][32]; bias: R int32, -kOffset * sum of q_x.

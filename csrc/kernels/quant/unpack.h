@@ -18,7 +18,9 @@ template <int kShift, int kMask> STRETTO_INLINE u8x64 insert(u8x64 a, u8x64 b) {
   if constexpr (kShift < 0) s = _mm512_srli_epi16(s, -kShift);
   return {_mm512_ternarylogic_epi32(a.v, s, _mm512_set1_epi8(kMask), 0xF8)};  // a | (s & mask)
 }
-STRETTO_INLINE f32x16 load_u8(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))}; }
+STRETTO_INLINE f32x16 load_u8(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 #elif defined(STRETTO_ISA_avx2)
 struct u8x64 { __m256i lo, hi; };
 STRETTO_INLINE u8x64 load64(const uint8_t* p) {
@@ -43,7 +45,10 @@ STRETTO_INLINE f32x16 load_u8(const uint8_t* p) {
 }
 #else
 struct u8x64 { uint8_t v[64]; };
-#define STRETTO_BYTES(expr) u8x64 r; for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(expr); return r
+#define STRETTO_BYTES(expr)                                         \
+  u8x64 r;                                                          \
+  for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(expr); \
+  return r
 STRETTO_INLINE u8x64 load64(const uint8_t* p) { STRETTO_BYTES(p[i]); }
 STRETTO_INLINE u8x64 low_nibbles(u8x64 a) { STRETTO_BYTES(a.v[i] & 15); }
 STRETTO_INLINE u8x64 high_nibbles(u8x64 a) { STRETTO_BYTES(a.v[i] >> 4); }
@@ -64,7 +69,8 @@ STRETTO_INLINE f32x16 load_i8(const uint8_t* p) { return load(reinterpret_cast<c
 // scale / minimum are per block b of a unit; with kHalves the scale is half(unit, 2b + i), an integer, times scale(unit, b).
 template <int g> STRETTO_INLINE u8x64 nibble_quad(const uint8_t* block) {
   const u8x64 v = load64(block + 64 * (g & 3));
-  if constexpr (g < 4) return low_nibbles(v); else return high_nibbles(v);
+  if constexpr (g < 4) return low_nibbles(v);
+  else return high_nibbles(v);
 }
 template <int g> STRETTO_INLINE u8x64 five_bit_quad(const uint8_t* block) { return insert<4 - g, 16>(nibble_quad<g>(block), load64(block + 256)); }
 

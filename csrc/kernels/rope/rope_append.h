@@ -11,15 +11,15 @@
 
 namespace stretto {
 struct RopeAppendParams {
-  float* qkv;                // [rows, (heads + 2 kv_heads) * head_dim], rows row_stride apart
-  const int32_t* positions;  // [rows]
-  const int32_t* slots;      // [rows], page * page_size + offset, or -1: write nothing
-  const float* cos_sin;      // [max_positions, rotary_dim]: cosines of the pairs, then sines
+  float* qkv;                    // [rows, (heads + 2 kv_heads) * head_dim], rows row_stride apart
+  const int32_t* positions;      // [rows]
+  const int32_t* slots;          // [rows], page * page_size + offset, or -1: write nothing
+  const float* cos_sin;          // [max_positions, rotary_dim]: cosines of the pairs, then sines
   const float *q_norm, *k_norm;  // null, or [head_dim]
-  void* k_pages;             // [pages, kv_heads, head_dim, page_size] of dtype
-  void* v_pages;             // [pages, kv_heads, page_size, head_dim] of dtype
-  float *k_scales, *v_scales;  // int8: [pages, kv_heads, page_size]
-  const int32_t* num_rows;   // null, or [1]
+  void* k_pages;                 // [pages, kv_heads, head_dim, page_size] of dtype
+  void* v_pages;                 // [pages, kv_heads, page_size, head_dim] of dtype
+  float *k_scales, *v_scales;    // int8: [pages, kv_heads, page_size]
+  const int32_t* num_rows;       // null, or [1]
   int64_t rows, heads, kv_heads, head_dim, rotary_dim, row_stride, max_positions, pages, page_size;
   float norm_eps;
   bool interleaved;

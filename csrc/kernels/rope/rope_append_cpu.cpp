@@ -32,7 +32,8 @@ static void rotate_head(const RopeAppendParams& p, const float* cos_sin, const f
       out[i + half] = b * cosine[i] + a * sine[i];
     }
   }
-  if (x != out) for (int64_t i = p.rotary_dim; i < p.head_dim; ++i) out[i] = x[i];
+  if (x != out)
+    for (int64_t i = p.rotary_dim; i < p.head_dim; ++i) out[i] = x[i];
 }
 
 template <class T> STRETTO_INLINE void write_head(const float* x, int64_t head_dim, T* to, int64_t stride, float*) {
@@ -47,7 +48,8 @@ template <class T> STRETTO_INLINE void write_head(const float* x, int64_t head_d
   }
 }
 
-template <> inline __attribute__((always_inline)) void write_head<int8_t>(const float* x, int64_t head_dim, int8_t* to, int64_t stride, float* scale) {
+template <> inline __attribute__((always_inline)) void write_head<int8_t>(const float* x, int64_t head_dim, int8_t* to, int64_t stride,
+                                                                          float* scale) {
   float largest = 0.f;
   bool finite = true;
   for (int64_t i = 0; i < head_dim; ++i) {

@@ -11,11 +11,11 @@
 
 namespace stretto {
 struct DrawParams {
-  const float* p;                // [rows, width], rows stride apart
-  const int64_t *seed, *lineage; // [rows]
-  const int32_t* pos;            // [rows]: the position of the token that is drawn
-  int32_t* out;                  // [rows]
-  const int32_t* num_rows;       // null, or [1]
+  const float* p;                 // [rows, width], rows stride apart
+  const int64_t *seed, *lineage;  // [rows]
+  const int32_t* pos;             // [rows]: the position of the token that is drawn
+  int32_t* out;                   // [rows]
+  const int32_t* num_rows;        // null, or [1]
   int64_t rows, width, stride;
   Purpose purpose;
   bool gumbel;

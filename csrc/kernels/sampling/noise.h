@@ -12,7 +12,7 @@ struct NoiseParams {
   double* out;
   int64_t rows, width;  // width 0: uniforms
   Purpose purpose;
-  uint32_t index;       // uniforms: which one of this position and purpose
+  uint32_t index;  // uniforms: which one of this position and purpose
 };
 STRETTO_CPU_KERNEL(noise, NoiseParams)
 }  // namespace stretto

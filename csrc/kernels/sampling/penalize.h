@@ -8,13 +8,13 @@
 
 namespace stretto {
 struct PenalizeParams {
-  float* logits;                                  // [rows, width], rows stride apart
-  const int32_t* history;                         // [rows, history_width], or [total] with cu_history
-  const int32_t* cu_history;                      // null, or [rows + 1]
-  const float *repetition, *presence, *frequency; // [rows]; 1, 0, 0 change nothing
-  const int32_t *bias_ids, *cu_bias;              // null, or [total_bias] and [rows + 1]
-  const float* bias_values;                       // [total_bias]
-  const int32_t* num_rows;                        // null, or [1]
+  float* logits;                                   // [rows, width], rows stride apart
+  const int32_t* history;                          // [rows, history_width], or [total] with cu_history
+  const int32_t* cu_history;                       // null, or [rows + 1]
+  const float *repetition, *presence, *frequency;  // [rows]; 1, 0, 0 change nothing
+  const int32_t *bias_ids, *cu_bias;               // null, or [total_bias] and [rows + 1]
+  const float* bias_values;                        // [total_bias]
+  const int32_t* num_rows;                         // null, or [1]
   int64_t rows, width, stride, history_width, total_history, total_bias;
 };
 STRETTO_CPU_KERNEL(penalize, PenalizeParams)

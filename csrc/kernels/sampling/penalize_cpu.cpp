@@ -20,8 +20,10 @@ void penalize_row(const PenalizeParams& p, int64_t row) {
   if (repetition != 1 || presence != 0 || frequency != 0) {
     const Range h = p.cu_history ? ragged(p.cu_history, row, p.total_history) : Range{row * p.history_width, (row + 1) * p.history_width};
     int32_t* count = static_cast<int32_t*>(thread_scratch(0, p.width * 4));  // only the entries of the history are ever touched
-    for (int64_t i = h.begin; i < h.end; ++i) if (valid(p.history[i])) count[p.history[i]] = 0;
-    for (int64_t i = h.begin; i < h.end; ++i) if (valid(p.history[i])) ++count[p.history[i]];
+    for (int64_t i = h.begin; i < h.end; ++i)
+      if (valid(p.history[i])) count[p.history[i]] = 0;
+    for (int64_t i = h.begin; i < h.end; ++i)
+      if (valid(p.history[i])) ++count[p.history[i]];
     for (int64_t i = h.begin; i < h.end; ++i) {
       const int32_t id = p.history[i];
       if (!valid(id) || count[id] == 0) continue;
@@ -32,7 +34,8 @@ void penalize_row(const PenalizeParams& p, int64_t row) {
   }
   if (!p.bias_ids) return;
   const Range b = ragged(p.cu_bias, row, p.total_bias);
-  for (int64_t i = b.begin; i < b.end; ++i) if (valid(p.bias_ids[i])) logits[p.bias_ids[i]] += p.bias_values[i];
+  for (int64_t i = b.begin; i < b.end; ++i)
+    if (valid(p.bias_ids[i])) logits[p.bias_ids[i]] += p.bias_values[i];
 }
 
 }  // namespace

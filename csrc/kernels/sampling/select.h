@@ -12,7 +12,10 @@ struct Pool {  // tokens in rising order of id
   float *logit, *mass;  // mass may be null where only counts matter
   int64_t size;
 };
-struct Cut { float logit; int32_t id; };  // kept: a larger logit, or this logit and an id not above this one
+struct Cut {
+  float logit;
+  int32_t id;
+};  // kept: a larger logit, or this logit and an id not above this one
 STRETTO_INLINE bool kept(const Cut& c, float logit, int32_t id) { return logit > c.logit || (logit == c.logit && id <= c.id); }
 
 struct Bins { double weight[kBins]; };

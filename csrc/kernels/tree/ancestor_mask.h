@@ -6,10 +6,10 @@
 
 namespace stretto {
 struct AncestorMaskParams {
-  const int32_t* parent;  // [batch, nodes]
-  const int32_t* n;       // [batch]: nodes in use
-  uint64_t* mask;         // [batch, nodes, words]
-  int32_t* depth;         // [batch, nodes]
+  const int32_t* parent;        // [batch, nodes]
+  const int32_t* n;             // [batch]: nodes in use
+  uint64_t* mask;               // [batch, nodes, words]
+  int32_t* depth;               // [batch, nodes]
   int64_t batch, nodes, words;  // words = ceil(nodes / 64)
 };
 STRETTO_CPU_KERNEL(ancestor_mask, AncestorMaskParams)

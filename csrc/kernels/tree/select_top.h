@@ -8,9 +8,9 @@
 
 namespace stretto {
 struct SelectTopParams {
-  const float* scores;    // [batch, candidates]
-  const int32_t* parent;  // [batch, candidates]
-  int32_t* out;           // [batch, keep]
+  const float* scores;              // [batch, candidates]
+  const int32_t* parent;            // [batch, candidates]
+  int32_t* out;                     // [batch, keep]
   int64_t batch, candidates, keep;  // keep >= 1
 };
 STRETTO_CPU_KERNEL(select_top, SelectTopParams)

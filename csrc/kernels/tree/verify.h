@@ -13,14 +13,14 @@
 
 namespace stretto {
 struct VerifyParams {
-  const float *p, *q;               // [batch, nodes, vocab]; row i: the laws after node i
-  const int32_t *tokens, *parent;   // [batch, nodes]
-  const int32_t* n;                 // [batch]
-  const int64_t *seed, *lineage;    // [batch]
-  const int32_t* pos;               // [batch]: the position that a child of the root fills
+  const float *p, *q;              // [batch, nodes, vocab]; row i: the laws after node i
+  const int32_t *tokens, *parent;  // [batch, nodes]
+  const int32_t* n;                // [batch]
+  const int64_t *seed, *lineage;   // [batch]
+  const int32_t* pos;              // [batch]: the position that a child of the root fills
   int32_t *path, *accepted, *bonus;
   int64_t batch, nodes, vocab;
-  bool replacement;                 // siblings were drawn independently
+  bool replacement;  // siblings were drawn independently
 };
 STRETTO_CPU_KERNEL(verify, VerifyParams)
 }  // namespace stretto

@@ -52,7 +52,8 @@ struct Tree {
       r_sum = row_sum(r, vocab);
       if (!(r_sum > kRounding)) r_is_p = true, r_sum = target_sum;
       if (!p.replacement) {
-        if (q_is_row) for (int64_t v = 0; v < vocab; ++v) q[v] = static_cast<double>(draft[v]);
+        if (q_is_row)
+          for (int64_t v = 0; v < vocab; ++v) q[v] = static_cast<double>(draft[v]);
         q_is_row = false;
         q[x] = 0;
         q_sum = row_sum(q, vocab);

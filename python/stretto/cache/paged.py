@@ -145,10 +145,7 @@ class PagedCache:
         if isinstance(num_pages, bool) or not isinstance(num_pages, int) or num_pages < 1:
             raise ValueError(f"PagedCache: num_pages: {num_pages!r}, expected an integer of at least 1")
         if num_pages * shape.page_size > _MAX_SLOTS:
-            raise ValueError(
-                f"PagedCache: num_pages: {num_pages}, "
-                f"expected at most {_MAX_SLOTS // shape.page_size} (slot ids are int32)"
-            )
+            raise ValueError(f"PagedCache: num_pages: {num_pages}, expected at most {_MAX_SLOTS // shape.page_size} (slot ids are int32)")
         memory, wanted = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), num_pages * shape.page_bytes
         if wanted > memory:
             raise ValueError(
@@ -165,12 +162,8 @@ class PagedCache:
         self._v_scales = torch.empty(*lead, shape.page_size) if quantised else None
         self.k_pages: tuple[Tensor, ...] = self._k.unbind(0)
         self.v_pages: tuple[Tensor, ...] = self._v.unbind(0)
-        self.k_scales: tuple[Tensor | None, ...] = (
-            self._k_scales.unbind(0) if self._k_scales is not None else (None,) * shape.num_layers
-        )
-        self.v_scales: tuple[Tensor | None, ...] = (
-            self._v_scales.unbind(0) if self._v_scales is not None else (None,) * shape.num_layers
-        )
+        self.k_scales: tuple[Tensor | None, ...] = self._k_scales.unbind(0) if self._k_scales is not None else (None,) * shape.num_layers
+        self.v_scales: tuple[Tensor | None, ...] = self._v_scales.unbind(0) if self._v_scales is not None else (None,) * shape.num_layers
 
         self._refs = array.array("i", bytes(4 * num_pages))  # sequences holding each page
         self._recycled: list[int] = []  # free pages, last in first out: those are still in the caches of the CPU
@@ -264,10 +257,7 @@ class PagedCache:
         if need:
             available = self._free_pages() + len(self._unused)
             if need > available:
-                raise OutOfPages(
-                    f"reserve: rows: {rows} rows behind {seq.length} need {need} more pages, "
-                    f"{available} of {self.num_pages} can be had"
-                )
+                raise OutOfPages(f"reserve: rows: {rows} rows behind {seq.length} need {need} more pages, {available} of {self.num_pages} can be had")
             if copy:
                 self._copy_on_write(seq, last)
             for _ in range(missing):
@@ -304,20 +294,15 @@ class PagedCache:
         else:
             nodes = np.asarray(path, dtype=np.int64)
             count = nodes.size
-            if nodes.ndim != 1 or (
-                count and (nodes[0] < 0 or nodes[-1] >= seq._reserved or (nodes[1:] <= nodes[:-1]).any())
-            ):
+            if nodes.ndim != 1 or (count and (nodes[0] < 0 or nodes[-1] >= seq._reserved or (nodes[1:] <= nodes[:-1]).any())):
                 raise ValueError(
-                    f"commit: path: {nodes.tolist()}, "
-                    f"expected strictly increasing rows from 0 below {seq._reserved} (the reserved rows)"
+                    f"commit: path: {nodes.tolist()}, expected strictly increasing rows from 0 below {seq._reserved} (the reserved rows)"
                 )
             if count and nodes[-1] != count - 1:  # increasing, so otherwise it is 0..count-1
                 first = int((nodes != np.arange(count)).argmax())
                 source = self._slots_at(seq, seq.length + nodes[first:])
                 target = self._slots_at(seq, np.arange(seq.length + first, seq.length + count))
-                ops.cache.move_rows(
-                    self._k, self._v, torch.from_numpy(source), torch.from_numpy(target), self._k_scales, self._v_scales
-                )
+                ops.cache.move_rows(self._k, self._v, torch.from_numpy(source), torch.from_numpy(target), self._k_scales, self._v_scales)
         seq.length += count
         seq._reserved -= count
 
@@ -351,9 +336,7 @@ class PagedCache:
             page = pages[i]
             key, known = self._index.child(pages[i - 1] if i else None, seq._salt, tokens, i)
             if known != page and page in self._index:
-                raise ValueError(
-                    f"publish: tokens: {list(key[1])} in page {i}, expected the tokens it was published with before"
-                )
+                raise ValueError(f"publish: tokens: {list(key[1])} in page {i}, expected the tokens it was published with before")
             if known is None:
                 self._index.add(key, page)
             elif known != page:
@@ -371,9 +354,7 @@ class PagedCache:
         self._check(seq, "write_table")
         count = len(seq._pages)
         if row.dtype != np.int32 or row.ndim != 1 or row.size < count:
-            raise ValueError(
-                f"write_table: row: {row.dtype} {list(row.shape)}, expected int32 with at least {count} places"
-            )
+            raise ValueError(f"write_table: row: {row.dtype} {list(row.shape)}, expected int32 with at least {count} places")
         row[:count] = seq._pages
         row[count:] = -1
         return count

@@ -73,9 +73,7 @@ class NgramTrie:
             for token in tokens:
                 _in_range(name, token, 0, vocab_size - 1)
         if _backend._C is None:
-            raise NotImplementedError(
-                f"NgramTrie: needs the native module, and {_backend.missing_reason}; decode='ngram' works without it"
-            )
+            raise NotImplementedError(f"NgramTrie: needs the native module, and {_backend.missing_reason}; decode='ngram' works without it")
         self.branch_length = branch_length
         self.max_query_length = max_query_length
         self.max_bytes = max_bytes
@@ -222,9 +220,7 @@ class NgramTrie:
             if not 1 <= depth <= self.depth:
                 raise ModelFileError(f"{path}: depth: {depth}, expected 1 to {self.depth}")
             if words % 3 or _HEADER.size + 4 * words != size:
-                raise ModelFileError(
-                    f"{path}: words: {words}, expected {(size - _HEADER.size) / 4} and a multiple of 3"
-                )
+                raise ModelFileError(f"{path}: words: {words}, expected {(size - _HEADER.size) / 4} and a multiple of 3")
             if 4 * words > self.max_bytes:
                 raise ModelFileError(f"{path}: words: {words}, expected at most {self.max_bytes // 4} (max_bytes)")
             payload = file.read(4 * words)

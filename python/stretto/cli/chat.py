@@ -44,7 +44,7 @@ def chat(
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         llm = stretto.load(model, threads=threads, kv_dtype=kv_dtype)
-    if llm.tokenizer.chat_template is None:
+    if not llm.tokenizer.has_chat_template:
         raise ValueError(f"chat: model: {model} has no chat template; `stretto generate` continues plain text")
     console.print(f"[bold]{model}[/bold], {llm.threads} threads. {HELP}", highlight=False)
     converse(llm, console, [{"role": "system", "content": system}] if system is not None else [], options)

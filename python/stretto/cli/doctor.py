@@ -80,7 +80,10 @@ def check_ops(deadline: float) -> list[dict[str, Any]]:
                     continue
                 row["cases"].append({"case": case.id, "error": verdict.error, "allowed": verdict.allowed})
                 if not verdict.ok:
-                    row |= {"status": "wrong", "problem": f"{case.id}: {verdict.problem or f'error {verdict.error:.3g}, allowed {verdict.allowed:.3g}'}"}
+                    row |= {
+                        "status": "wrong",
+                        "problem": f"{case.id}: {verdict.problem or f'error {verdict.error:.3g}, allowed {verdict.allowed:.3g}'}",
+                    }
         rows.append(row)
     return rows
 
@@ -107,9 +110,13 @@ def _show(report: dict[str, Any]) -> None:
     else:
         console.print(f"[yellow]no native module, the slow reference runs[/yellow]: {native['reason']}")
     quota = "none" if cpus["cgroup"] is None else f"{cpus['cgroup']:g}"
-    console.print(f"threads: {threads['used']} used, {threads['available']} available (machine {cpus['machine']}, affinity {cpus['affinity']}, cgroup {quota})")
+    console.print(
+        f"threads: {threads['used']} used, {threads['available']} available (machine {cpus['machine']}, affinity {cpus['affinity']}, cgroup {quota})"
+    )
     runtimes = report["openmp_runtimes"]
-    console.print(f"OpenMP runtimes: {', '.join(runtimes) or 'none'}" + ("  [yellow]more than one: their threads compete[/yellow]" if len(runtimes) > 1 else ""))
+    console.print(
+        f"OpenMP runtimes: {', '.join(runtimes) or 'none'}" + ("  [yellow]more than one: their threads compete[/yellow]" if len(runtimes) > 1 else "")
+    )
     for limits in report["ceilings"]:
         int8 = f", int8 {limits['int8_gops']:.0f} Gop/s" if limits["int8_gops"] else ""
         console.print(f"{limits['threads']} thread(s): reads {limits['read_gb_per_s']:.1f} GB/s, f32 {limits['f32_gflops']:.0f} GFLOP/s{int8}")

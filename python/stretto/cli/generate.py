@@ -59,7 +59,7 @@ def generate(
 
 def as_messages(llm: LLM, text: str, system: str | None = None) -> str | list[dict[str, str]]:
     """The prompt as chat messages, or as it is where the model has no chat template."""
-    if llm.tokenizer.chat_template is None:
+    if not llm.tokenizer.has_chat_template:
         if system is not None:
             raise ValueError("generate: system: given, but this model has no chat template to put it in")
         return text

@@ -97,7 +97,9 @@ class Speculator:
             tree = arm.proposer.propose(self.request, tokens, budget)
             tree.validate(self.vocab_size)
             if tree.tokens[0] != tokens[-1] or len(tree.tokens) > budget:
-                raise ValueError(f"{arm.proposer.name}: tree: root {tree.tokens[0]} of {len(tree.tokens)} nodes, expected {tokens[-1]} of at most {budget}")
+                raise ValueError(
+                    f"{arm.proposer.name}: tree: root {tree.tokens[0]} of {len(tree.tokens)} nodes, expected {tokens[-1]} of at most {budget}"
+                )
         except (ValueError, IndexError, RuntimeError, ArithmeticError):
             arm.faults += 1
             return None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
 from stretto.cache import PagedCache
 from stretto.cache import Sequence as CacheSequence
 from stretto.decoding.types import DraftTree

@@ -49,9 +49,7 @@ class Work:
 class Engine:
     """Runs requests to their end. Not thread-safe: one caller at a time steps it (llm.py holds the lock)."""
 
-    def __init__(
-        self, model: TextModel, cache: PagedCache, tokenizer: Tokenizer, config: EngineConfig, threads: int, eos_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, model: TextModel, cache: PagedCache, tokenizer: Tokenizer, config: EngineConfig, threads: int, eos_ids: Sequence[int]) -> None:
         self.model, self.cache, self.tokenizer, self.config = model, cache, tokenizer, config
         self.eos_ids = frozenset(eos_ids)
         self.runner = StepRunner(model, cache, max_rows=config.max_rows, max_seqs=config.max_seqs, context=config.context, threads=threads)
@@ -122,7 +120,9 @@ class Engine:
                 continue  # preempted below, by an earlier request of this loop
             others = len(decoding) - 1
             room = min(request.tokens_left, self.config.context - len(request.tokens) + 1, budget - others, MAX_NODES)
-            tree = request.speculator.propose(request.tokens, self.cost, others, room) if request.speculator.arms else DraftTree.root(request.tokens[-1])
+            tree = (
+                request.speculator.propose(request.tokens, self.cost, others, room) if request.speculator.arms else DraftTree.root(request.tokens[-1])
+            )
             if not self._reserve(request, len(tree.tokens)):
                 tree = tree.first(1)
                 if not self._reserve_or_preempt(request, works):
@@ -278,7 +278,9 @@ class Engine:
         """Logits [n, vocab] float32 of every position of `ids`, in a sequence of its own."""
         vocab = self.model.config.vocab_size
         if not ids or min(ids) < 0 or max(ids) >= vocab:
-            raise ValueError(f"logits: ids: {len(ids)} of {min(ids, default=0)} to {max(ids, default=0)}, expected at least one, each 0 to {vocab - 1}")
+            raise ValueError(
+                f"logits: ids: {len(ids)} of {min(ids, default=0)} to {max(ids, default=0)}, expected at least one, each 0 to {vocab - 1}"
+            )
         if len(ids) > self.config.context:
             raise ContextTooLong(f"logits: ids: {len(ids)}, expected at most the context of {self.config.context}")
         out = torch.empty(len(ids), vocab)

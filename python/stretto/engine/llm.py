@@ -108,7 +108,7 @@ class LLM:
             draft = self._draft(method.removeprefix("draft:"))
             return lambda: [draft]
         made: dict[str, Callable[[], list[Proposer]]] = {
-            "off": lambda: [],
+            "off": list,
             "ngram": lambda: [NgramProposer()],
             "trie": lambda: [TrieProposer(self.trie)],
             "auto": lambda: [TrieProposer(self.trie), NgramProposer()],
@@ -211,8 +211,8 @@ class LLM:
                 self.engine.step()
             try:
                 if rows > 1:
-                    sequences = [r.sequence for r in requests if r.sequence is not None]
-                    return sum(self.engine.chain_seconds(sequences, rows) for _ in range(steps)) / steps
+                    live = [r.sequence for r in requests if r.sequence is not None]
+                    return sum(self.engine.chain_seconds(live, rows) for _ in range(steps)) / steps
                 start = time.perf_counter()
                 for _ in range(steps):
                     self.engine.step()
@@ -229,7 +229,7 @@ class LLM:
     def _bench_request(self, tokens: int, max_tokens: int) -> Request:
         generator = torch.Generator().manual_seed(time.perf_counter_ns() % 2**31)  # new ids each time: no prefix is found in the cache
         ids = torch.randint(0, self.config.vocab_size, (tokens,), generator=generator).tolist()
-        (request,) = self.engine.submit(ids, SamplingParams(max_tokens=max_tokens, ignore_eos=True, decode="off"), lambda: [])
+        (request,) = self.engine.submit(ids, SamplingParams(max_tokens=max_tokens, ignore_eos=True, decode="off"), list)
         return request
 
 
@@ -270,4 +270,3 @@ def load(
     shape = CacheShape(config.num_layers, config.num_kv_heads, config.head_dim, dtype=KV_DTYPES[kv_dtype])
     pages = -(-max(context, 32768) // shape.page_size)
     return LLM(model, tokenizer, PagedCache(shape, pages), EngineConfig(context=context, max_seqs=max_seqs), granted)
-

@@ -83,7 +83,13 @@ def _paged(
 
 
 def make_paged(
-    make: Make, lengths: list[tuple[int, int]], *, heads: int = 3, kv_heads: int = 1, head_dim: int = 64, page_size: int = 16,
+    make: Make,
+    lengths: list[tuple[int, int]],
+    *,
+    heads: int = 3,
+    kv_heads: int = 1,
+    head_dim: int = 64,
+    page_size: int = 16,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, ...]:
     """(q, k_pages, v_pages, table, cu_q, cached, scale) of sequences with (cached, new) rows; pages are shuffled, unused slots hold NaN."""

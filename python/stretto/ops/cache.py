@@ -20,9 +20,7 @@ from stretto.ops.table import BadCase, Case, Cost, Make, register
 CACHE_DTYPES = (*FLOATS, torch.int8)
 
 
-def copy_pages(
-    k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None
-) -> None:
+def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> None:
     """Copy page src[i] to page dst[i] in every layer, in order of i.
 
     Args:
@@ -39,9 +37,7 @@ def copy_pages(
         _copy_pages(k, v, src, dst, k_scales, v_scales)
 
 
-def move_rows(
-    k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None
-) -> None:
+def move_rows(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> None:
     """Copy row src[i] to row dst[i] in every layer, in order of i.
 
     Args:
@@ -60,9 +56,7 @@ def move_rows(
         _move_rows(k, v, src, dst, k_scales, v_scales)
 
 
-def _checked(
-    op: str, k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
-) -> bool:
+def _checked(op: str, k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> bool:
     """Check all but the ids; True where the reference must run (ids checked too: native code checks its own)."""
     sizes = check_tensors(
         op,
@@ -87,25 +81,19 @@ def _checked(
     return True
 
 
-def _copy_pages(
-    k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None
-) -> None:
+def _copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> None:
     if _checked("copy_pages", k, v, src, dst, k_scales, v_scales):
         return ref.cache.copy_pages(k, v, src, dst, k_scales, v_scales)
     _backend._C.copy_pages(k, v, src.contiguous(), dst.contiguous(), k_scales, v_scales)  # type: ignore[union-attr]
 
 
-def _move_rows(
-    k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None
-) -> None:
+def _move_rows(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> None:
     if _checked("move_rows", k, v, src, dst, k_scales, v_scales):
         return ref.cache.move_rows(k, v, src, dst, k_scales, v_scales)
     _backend._C.move_rows(k, v, src.contiguous(), dst.contiguous(), k_scales, v_scales)  # type: ignore[union-attr]
 
 
-def _cache(
-    make: Make, layers: int, pages: int, heads: int, head_dim: int, page_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _cache(make: Make, layers: int, pages: int, heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.int8:
         return (make.randint(-128, 128, layers, pages, heads, head_dim, page_size, dtype=dtype),
                 make.randint(-128, 128, layers, pages, heads, page_size, head_dim, dtype=dtype))  # fmt: skip
@@ -156,9 +144,7 @@ def _bench_cases(make: Make, rows: bool) -> Iterator[Case]:
 
 
 def _cost(rows: bool) -> Callable[..., Cost]:
-    def cost(
-        k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None
-    ) -> Cost:
+    def cost(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> Cost:
         units = k.shape[1] * (k.shape[4] if rows else 1)
         moved = sum(t.nbytes for t in (k, v, k_scales, v_scales) if t is not None) // max(1, units)
         return Cost(bytes=2 * moved * src.numel(), flops=0)
@@ -172,8 +158,7 @@ for _name, _kernel, _function, _reference in (
 ):
     _rows = _name == "move_rows"
     register(
-        f"{_name}(Tensor(a!) k, Tensor(b!) v, Tensor src, Tensor dst, "
-        "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()",
+        f"{_name}(Tensor(a!) k, Tensor(b!) v, Tensor src, Tensor dst, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()",
         _kernel,
         function=_function,
         reference=_reference,

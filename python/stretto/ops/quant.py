@@ -166,7 +166,8 @@ def _check_packed(op: str, packed: Tensor, format: str, n: int, k: int) -> None:
 
 
 def _linear(
-    x: Tensor, packed: Tensor, format: str, n: int, bias: Tensor | None, residual: Tensor | None, gate: str, *, out: Tensor | None = None, num_rows: Tensor | None = None
+    x: Tensor, packed: Tensor, format: str, n: int, bias: Tensor | None, residual: Tensor | None, gate: str, *,
+    out: Tensor | None = None, num_rows: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     check(gate in _GATES, f"linear: gate: {gate!r}, expected one of {', '.join(_GATES)}")
     check(gate == "none" or n % 32 == 0, f"linear: n: {n}, expected a multiple of 32 with a gate")

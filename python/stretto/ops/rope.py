@@ -120,7 +120,9 @@ def _append(
     check(qkv.shape[1] == width, f"rope.append: qkv: {qkv.shape[1]} columns, expected {width} for these heads")
     check(num_kv_heads == k_pages.shape[1], f"rope.append: num_kv_heads: {num_kv_heads}, expected {k_pages.shape[1]} as in k_pages")
     if _backend.use_reference("rope_append", qkv):
-        ref.rope.rope_append(qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads, num_kv_heads, order, q_norm, k_norm, norm_eps, k_scales, v_scales)
+        ref.rope.rope_append(
+            qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads, num_kv_heads, order, q_norm, k_norm, norm_eps, k_scales, v_scales
+        )
         return
     _backend._C.rope_append(  # type: ignore[union-attr]
         qkv, positions, slots, cos_sin, k_pages, v_pages, num_heads, num_kv_heads, order == "interleaved", q_norm, k_norm, norm_eps, k_scales, v_scales,

@@ -117,7 +117,10 @@ def _penalize(
     check(sizes.get("offsets", rows + 1) == rows + 1, f"{op}: cu_history, cu_bias: {sizes.get('offsets')} offsets, expected rows + 1 = {rows + 1}")
     given = [t is not None for t in (bias_ids, bias_values, cu_bias)]
     check(all(given) or not any(given), f"{op}: bias_ids, bias_values, cu_bias: {sum(given)} of them, expected all or none")
-    check(logits.shape[1] <= 1 or logits.stride(1) == 1, f"{op}: logits: strides {logits.stride()}, expected adjacent entries in a row (it is changed in place)")
+    check(
+        logits.shape[1] <= 1 or logits.stride(1) == 1,
+        f"{op}: logits: strides {logits.stride()}, expected adjacent entries in a row (it is changed in place)",
+    )
     if not checked:
         _check_ids(op, "history", history, -1, width)
         _check_range(op, "repetition", repetition, repetition > 0, "finite and above 0")
@@ -141,7 +144,10 @@ def _penalize(
 def _check_ids(op: str, name: str, ids: Tensor, low: int, width: int) -> None:
     if ids.numel():
         least, most = (int(v) for v in ids.aminmax())
-        check(low <= least and most < width, f"{op}: {name}: {least if least < low else most}, expected token ids below {width}{' or -1' if low else ''}")
+        check(
+            low <= least and most < width,
+            f"{op}: {name}: {least if least < low else most}, expected token ids below {width}{' or -1' if low else ''}",
+        )
 
 
 def _check_range(op: str, name: str, values: Tensor, ok: Tensor, expected: str) -> None:
@@ -209,7 +215,9 @@ def _warp(
         _write(out, result, num_rows)
         _write(status, torch.where(bad, RowStatus.BAD_ARGUMENT, ref.sampling.row_status(logits)), num_rows)
         return out
-    _backend._C.warp(rows_contiguous(logits), temperature.contiguous(), top_k.contiguous(), top_p.contiguous(), min_p.contiguous(), out, status, num_rows)  # type: ignore[union-attr]
+    _backend._C.warp(
+        rows_contiguous(logits), temperature.contiguous(), top_k.contiguous(), top_p.contiguous(), min_p.contiguous(), out, status, num_rows
+    )  # type: ignore[union-attr]
     return out
 
 
@@ -371,7 +379,15 @@ def _warp_args(make: Make, logits: Tensor, temperature: float, top_k: int, top_p
     return (logits, _rows_of(rows, temperature), _rows_of(rows, top_k, torch.int32), _rows_of(rows, top_p), _rows_of(rows, min_p))
 
 
-_SETTINGS = [(1.0, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.3, 0, 0.9, 0.0), (1.0, 0, 1.0, 0.1), (0.8, 40, 0.95, 0.05), (0.0, 3, 0.5, 0.0), (1.0, 1, 0.0, 1.0)]
+_SETTINGS = [
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 5, 1.0, 0.0),
+    (1.3, 0, 0.9, 0.0),
+    (1.0, 0, 1.0, 0.1),
+    (0.8, 40, 0.95, 0.05),
+    (0.0, 3, 0.5, 0.0),
+    (1.0, 1, 0.0, 1.0),
+]
 
 
 def _warp_cases(make: Make) -> Iterator[Case]:
@@ -530,7 +546,8 @@ def _penalize_bad(make: Make) -> Iterator[BadCase]:
         return (*good[:at], value, *good[at + 1 :])
 
     for name, value in [("below", -2), ("past", 8), ("int-min", -(1 << 31)), ("int-max", (1 << 31) - 1)]:
-        yield BadCase(f"history-{name}", replaced(1, torch.full_like(good[1], value) if good[1].numel() else torch.full((1,), value, dtype=torch.int32)), f"sampling.penalize: history: {value}")  # type: ignore[arg-type,union-attr]  # fmt: skip
+        wrong = torch.full_like(good[1], value) if good[1].numel() else torch.full((1,), value, dtype=torch.int32)  # type: ignore[arg-type,union-attr]
+        yield BadCase(f"history-{name}", replaced(1, wrong), f"sampling.penalize: history: {value}")
     yield BadCase("bias-id", replaced(6, torch.full_like(good[6], -1)), "sampling.penalize: bias_ids: -1")  # type: ignore[arg-type]
     yield BadCase("bias-nan", replaced(7, torch.full_like(good[7], torch.nan)), "sampling.penalize: bias_values: holds NaN")  # type: ignore[arg-type]
     yield BadCase("bias-half", replaced(8, None), "sampling.penalize: bias_ids, bias_values, cu_bias: 2 of them")

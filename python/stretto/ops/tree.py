@@ -62,7 +62,7 @@ def _refuse(op: str, parent: Tensor, n: Tensor) -> None:
 
 
 def walk(
-    next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor, *,  # noqa: A002
+    next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor, *,
     path: Tensor | None = None, accepted: Tensor | None = None, bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Greedy, Point and Coupled acceptance: follow the target's own tokens through the tree as far as it carries them.
@@ -83,7 +83,7 @@ def walk(
 
 
 def _walk(
-    next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor, *,  # noqa: A002
+    next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor, *,
     path: Tensor | None = None, accepted: Tensor | None = None, bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     op = "tree.walk"
@@ -201,7 +201,17 @@ def random_trees(make: Make, batch: int, nodes: int, vocabulary: int, kind: str 
     return tokens, parent, n
 
 
-_SHAPES = [("chain", 3, 9), ("star", 2, 7), ("binary", 4, 15), ("random", 5, 24), ("random", 2, 64), ("random", 2, 65), ("chain", 1, 130), ("random", 3, 1), ("star", 0, 4)]
+_SHAPES = [
+    ("chain", 3, 9),
+    ("star", 2, 7),
+    ("binary", 4, 15),
+    ("random", 5, 24),
+    ("random", 2, 64),
+    ("random", 2, 65),
+    ("chain", 1, 130),
+    ("random", 3, 1),
+    ("star", 0, 4),
+]
 
 
 def _mask_cases(make: Make) -> Iterator[Case]:
@@ -219,7 +229,12 @@ def _malformed(make: Make) -> Iterator[tuple[str, Tensor, Tensor, str]]:
             parent[1, i] = value
             yield f"parent-{i}-{value}", parent, torch.tensor([4, 4], dtype=torch.int32), f"parent: {value} at node {i} of sequence 1"
     for count in (-1, 5, low, high):
-        yield f"n-{count}", torch.tensor([[-1, 0, 1, 0]] * 2, dtype=torch.int32), torch.tensor([4, count], dtype=torch.int32), f"n: {count} in sequence 1"
+        yield (
+            f"n-{count}",
+            torch.tensor([[-1, 0, 1, 0]] * 2, dtype=torch.int32),
+            torch.tensor([4, count], dtype=torch.int32),
+            f"n: {count} in sequence 1",
+        )
 
 
 def _mask_bad(make: Make) -> Iterator[BadCase]:
@@ -318,7 +333,9 @@ def _verify_bad(make: Make) -> Iterator[BadCase]:
     for name, parent, n, message in _malformed(make):
         yield BadCase(name, (p, q, tokens, parent, n, *keys), f"tree.verify: {message}")
     chain, four = torch.tensor([[-1, 0, 1, 2]] * 2, dtype=torch.int32), torch.full((2,), 4, dtype=torch.int32)
-    yield BadCase("weightless draft", (p, torch.tensor([0.0, 0.5, 0.5]).expand(2, 4, 3), tokens, chain, four, *keys), "tree.verify: q: no weight for a draft")
+    yield BadCase(
+        "weightless draft", (p, torch.tensor([0.0, 0.5, 0.5]).expand(2, 4, 3), tokens, chain, four, *keys), "tree.verify: q: no weight for a draft"
+    )
     yield BadCase("token", (p, q, tokens + 3, chain, four, *keys), "tree.verify: q: no weight for a draft")
     yield BadCase("vocab", (p, q[..., :2], tokens, chain, four, *keys), "tree.verify: q: shape [2, 4, 2]")
     yield BadCase("seed", (p, q, tokens, chain, four, keys[0].int(), *keys[1:]), "tree.verify: seed: int32")

@@ -10,8 +10,8 @@ from typing import Any
 
 from stretto.cli.bench.ceilings import Ceilings
 from stretto.cli.bench.engines import Spec
-from stretto.cli.bench.remote import Worker
 from stretto.cli.bench.ratios import paired_ratio, rotated
+from stretto.cli.bench.remote import Worker
 
 SETTLE_SECONDS = 0.02  # between two measurements: idle pools stop spinning within a few milliseconds
 OURS = "stretto"
@@ -93,7 +93,11 @@ def take(measurement: Measurement, workers: Mapping[str, Worker], plan: Plan) ->
 
 
 def evaluate(
-    measurement: Measurement, samples: Mapping[str, Sequence[float]], comparisons: Mapping[str, Sequence[str]], ours: Mapping[str, Any], ceilings: Ceilings
+    measurement: Measurement,
+    samples: Mapping[str, Sequence[float]],
+    comparisons: Mapping[str, Sequence[str]],
+    ours: Mapping[str, Any],
+    ceilings: Ceilings,
 ) -> dict[str, Any]:
     """Speeds, ratios against the fastest peer of each comparison, and how close ours is to the machine's limits."""
     engines = {

@@ -80,7 +80,9 @@ def decode(
     with tempfile.TemporaryDirectory() as scratch:
         for count in counts:
             limits = ceilings.measure(count)
-            say(f"{count} thread(s): reads {limits.read_gb_per_s:.1f} GB/s, f32 {limits.f32_gflops:.0f} GFLOP/s, int8 {limits.int8_gops or 0:.0f} Gop/s")
+            say(
+                f"{count} thread(s): reads {limits.read_gb_per_s:.1f} GB/s, f32 {limits.f32_gflops:.0f} GFLOP/s, int8 {limits.int8_gops or 0:.0f} Gop/s"
+            )
             specs, comparisons = _specs(path, chosen, count, max(*plan.contexts, *plan.prefills), dtype, kv_dtype, Path(scratch))
             runs.append(run(specs, replace(plan, comparisons=comparisons), limits, say))
     document = {

@@ -18,9 +18,7 @@ from stretto.models.loading.gguf import BLOCK_TYPES, Bytes
 
 Floats = npt.NDArray[np.float32]
 # name -> (values per block, bytes per block)
-BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {name: (values, nbytes) for name, values, nbytes in BLOCK_TYPES.values()}
-)
+BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType({name: (values, nbytes) for name, values, nbytes in BLOCK_TYPES.values()})
 
 
 def _half(raw: Bytes) -> Floats:
@@ -201,9 +199,7 @@ def _to_q4_1(x: Floats) -> Bytes:
     return np.concatenate([_half_bytes(d), _half_bytes(low), packed], axis=1)
 
 
-QUANTIZERS: Mapping[str, Callable[[Floats], Bytes]] = MappingProxyType(
-    {"Q8_0": _to_q8_0, "Q4_0": _to_q4_0, "Q4_1": _to_q4_1}
-)
+QUANTIZERS: Mapping[str, Callable[[Floats], Bytes]] = MappingProxyType({"Q8_0": _to_q8_0, "Q4_0": _to_q4_0, "Q4_1": _to_q4_1})
 
 
 def quantize_rows(array: npt.NDArray[Any], fmt: str) -> Bytes:

@@ -27,9 +27,7 @@ MAX_CONFIG_BYTES = 4 << 20  # the largest known, with id-to-label maps, is below
 MAX_VOCAB, MAX_HIDDEN, MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 1 << 22, 1 << 16, 1024, 1024, 1024
 MAX_INTERMEDIATE, MAX_CONTEXT = 1 << 20, 1 << 26
 # Tokens that end a turn whatever the key eos_token_id says: chat files often name only one of two.
-_END_TOKENS = frozenset(
-    {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>", "<eos>"}
-)
+_END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>", "<eos>"})
 _CONTROL = 3  # token type "control" in tokenizer.ggml.token_type
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stretto.errors import ModelFileError
-from stretto.models.loading._files import fail, map_file, shown
+from stretto.models.loading._files import fail, map_file
 
 Bytes = npt.NDArray[np.uint8]
 

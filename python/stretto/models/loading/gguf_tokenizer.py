@@ -20,7 +20,7 @@ from stretto.errors import ModelFileError
 from stretto.models.loading._files import fail, shown
 from stretto.models.loading.config import gguf_eos_ids
 from stretto.models.loading.gguf import GgufFile, StringArray
-from stretto.models.loading.tokenizer import _BYTE_TOKEN, _SPACE, Tokenizer, Vocabulary
+from stretto.models.loading.tokenizer import _SPACE, Tokenizer, Vocabulary
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4  # tokenizer.ggml.token_type
 MAX_TOKEN_BYTES = 65_536
@@ -131,11 +131,7 @@ def _merges_by_rank(texts: list[str], ranks: Sequence[float], vocab: dict[str, i
         start, members = len(merges), 0
         for index in group:
             text, members = texts[index], members + 1
-            merges += [
-                (left, right)
-                for cut in range(len(text) - 1, 0, -1)
-                if (right := text[cut:]) in vocab and (left := text[:cut]) in vocab
-            ]
+            merges += [(left, right) for cut in range(len(text) - 1, 0, -1) if (right := text[cut:]) in vocab and (left := text[:cut]) in vocab]
         if members > 1:
             merges[start:] = sorted(merges[start:], key=lambda merge: (-len(merge[0]), -len(merge[1])))
     return merges
@@ -175,9 +171,7 @@ def _respelled(tokens: list[str]) -> list[str]:
     return [_SPACE * len(token) if token.startswith(" ") and not token.strip(" ") else token for token in tokens]
 
 
-def _build_backend(
-    keys: _Keys, model: str, tokens: list[str], kinds: Sequence[int]
-) -> tuple[tokenizers.Tokenizer, str, dict[int, AddedToken]]:
+def _build_backend(keys: _Keys, model: str, tokens: list[str], kinds: Sequence[int]) -> tuple[tokenizers.Tokenizer, str, dict[int, AddedToken]]:
     vocab = {token: index for index, token in enumerate(tokens)}
     if model == "gpt2":
         backend, rule = _byte_level(keys, vocab)

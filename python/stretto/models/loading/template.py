@@ -23,7 +23,7 @@ from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension
 from jinja2.lexer import Token
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Undefined
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -37,14 +37,93 @@ MAX_SECONDS = 0.25  # of the thread's CPU time; real templates take well below a
 _MAX_BITS = 4096
 
 _FILTERS = frozenset(
-    "abs attr capitalize count d default dictsort e escape first float forceescape groupby indent int items join last length list "
-    "lower map max min reject rejectattr replace reverse round safe select selectattr sort string striptags sum title tojson trim "
-    "truncate unique upper urlencode wordcount".split()
+    [
+        "abs",
+        "attr",
+        "capitalize",
+        "count",
+        "d",
+        "default",
+        "dictsort",
+        "e",
+        "escape",
+        "first",
+        "float",
+        "forceescape",
+        "groupby",
+        "indent",
+        "int",
+        "items",
+        "join",
+        "last",
+        "length",
+        "list",
+        "lower",
+        "map",
+        "max",
+        "min",
+        "reject",
+        "rejectattr",
+        "replace",
+        "reverse",
+        "round",
+        "safe",
+        "select",
+        "selectattr",
+        "sort",
+        "string",
+        "striptags",
+        "sum",
+        "title",
+        "tojson",
+        "trim",
+        "truncate",
+        "unique",
+        "upper",
+        "urlencode",
+        "wordcount",
+    ]
 )
 _STR_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric "
-    "isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
-    "rsplit rstrip split splitlines startswith strip swapcase title upper".split()
+    [
+        "capitalize",
+        "casefold",
+        "count",
+        "endswith",
+        "find",
+        "index",
+        "isalnum",
+        "isalpha",
+        "isascii",
+        "isdecimal",
+        "isdigit",
+        "isidentifier",
+        "islower",
+        "isnumeric",
+        "isprintable",
+        "isspace",
+        "istitle",
+        "isupper",
+        "join",
+        "lower",
+        "lstrip",
+        "partition",
+        "removeprefix",
+        "removesuffix",
+        "replace",
+        "rfind",
+        "rindex",
+        "rpartition",
+        "rsplit",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+        "strip",
+        "swapcase",
+        "title",
+        "upper",
+    ]
 )
 _METHODS: Mapping[type, frozenset[str]] = {
     str: _STR_METHODS, dict: frozenset({"get", "items", "keys", "values"}), list: frozenset({"index", "count"}),
@@ -339,9 +418,7 @@ class ChatTemplate:
         copy, chars = _checked_messages(messages)
         token = _budget.set(_Budget(chars))
         try:
-            return self._template.render(
-                **self.variables, messages=copy, add_generation_prompt=add_generation_prompt, tools=None, documents=None
-            )
+            return self._template.render(**self.variables, messages=copy, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
         except _Asked as error:
             raise ValueError(f"apply_chat_template: messages: {error}") from None
         except (TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:

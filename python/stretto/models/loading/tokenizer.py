@@ -187,9 +187,7 @@ class Tokenizer:
     def stream(self, skip_special: bool = True) -> TextStream:
         """A decoder for tokens that come one by one. Ids beyond the vocabulary (padding of the embedding) give no text."""
         special = self._vocabulary.special if skip_special else frozenset()
-        return TextStream(
-            lambda token: b"" if token in special else self.token_bytes(token), self._vocabulary.strips_space
-        )
+        return TextStream(lambda token: b"" if token in special else self.token_bytes(token), self._vocabulary.strips_space)
 
     @cached_property
     def _template(self) -> Any:
@@ -304,9 +302,7 @@ def tokenizer_from_hf(directory: str | os.PathLike[str]) -> Tokenizer:
         eos_ids=tuple(dict.fromkeys(token for token in ends if type(token) is int and 0 <= token < size)),
         strips_space=strips,
     )
-    return Tokenizer(
-        backend, vocabulary, where=str(directory), template=_hf_template(directory, settings), template_tokens=tokens
-    )
+    return Tokenizer(backend, vocabulary, where=str(directory), template=_hf_template(directory, settings), template_tokens=tokens)
 
 
 def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:

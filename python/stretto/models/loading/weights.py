@@ -42,9 +42,7 @@ _HF_GEMMA_LAYER = {
     "post_mlp_norm": "post_feedforward_layernorm.weight",
 }  # fmt: skip
 # Tensors that repeat what the configuration says, or belong to parts that are not text.
-_IGNORED = re.compile(
-    r"rope_freqs\.weight|.*rotary_emb\.inv_freq|(.*\.)?(vision_tower|multi_modal_projector)\..*|lm_head\.weight|output\.weight"
-)
+_IGNORED = re.compile(r"rope_freqs\.weight|.*rotary_emb\.inv_freq|(.*\.)?(vision_tower|multi_modal_projector)\..*|lm_head\.weight|output\.weight")
 _LAYER_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z_]+)")
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def copy_pages(
-    k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None
-) -> None:
+def copy_pages(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> None:
     """Page dst[i] := page src[i] in every layer, in order of i; a negative id skips the pair."""
     for tensor in (k, v, k_scales, v_scales):
         if tensor is not None:
@@ -16,9 +14,7 @@ def copy_pages(
                     tensor[:, d] = tensor[:, s].clone()
 
 
-def move_rows(
-    k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None
-) -> None:
+def move_rows(k: Tensor, v: Tensor, src: Tensor, dst: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> None:
     """Row dst[i] := row src[i], slots page * page_size + offset, in every layer, in order of i; a negative id skips."""
     page_size = k.shape[-1]
     for tensor, axis in ((k, 4), (v, 3), (k_scales, 3), (v_scales, 3)):

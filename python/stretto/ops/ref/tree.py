@@ -33,7 +33,7 @@ def ancestor_mask(parent: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     return bits.sum(-1).to(parent.device), depth.to(parent.device)
 
 
-def walk(next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: A002
+def walk(next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(path int32 [B, N], accepted int32 [B], bonus int32 [B])."""
     path = torch.full_like(next, -1)
     accepted, bonus = torch.full_like(n, -1), torch.full_like(n, -1)
