@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-
-from bench.e2e.texts import documentation
 from stretto.cli.bench import machine
 from stretto.cli.bench.engines import Spec
 from stretto.cli.bench.remote import Worker
+
+from bench.e2e.texts import documentation
 
 
 def ours(path: str, ids: list[int], window: int, dtype: str | None, kv_dtype: str | None) -> float:

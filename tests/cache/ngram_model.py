@@ -11,12 +11,7 @@ Ngrams = Counter[tuple[int, ...]]
 def ngrams(tokens: Sequence[int], depth: int, stop: Iterable[int] = ()) -> Ngrams:
     """Every run of 2 to depth + 1 tokens that does not start with a stop token."""
     text = tuple(tokens)
-    return Counter(
-        text[i : i + n]
-        for i in range(len(text))
-        if text[i] not in stop
-        for n in range(2, min(depth + 1, len(text) - i) + 1)
-    )
+    return Counter(text[i : i + n] for i in range(len(text)) if text[i] not in stop for n in range(2, min(depth + 1, len(text) - i) + 1))
 
 
 def squeeze(counts: Ngrams, max_tree_nodes: int) -> None:
@@ -32,9 +27,7 @@ def squeeze(counts: Ngrams, max_tree_nodes: int) -> None:
 class Draft:
     """The draft for `suffix`: selection by sorting all that matches."""
 
-    def __init__(
-        self, inputs: Ngrams, outputs: Ngrams, *, branch_length: int = 12, stop: Iterable[int] = (), mode: str = "mix"
-    ):
+    def __init__(self, inputs: Ngrams, outputs: Ngrams, *, branch_length: int = 12, stop: Iterable[int] = (), mode: str = "mix"):
         self.inputs = inputs if mode != "output" else Counter()
         self.outputs = outputs if mode != "input" else Counter()
         self.branch_length, self.stop, self.mode = branch_length, set(stop), mode
@@ -67,9 +60,7 @@ class Draft:
                 chosen.add(at)
         else:
             half = (budget - 1) // 2 if self.mode == "mix" else 0
-            by_output = sorted(
-                (g for g in everything if self.outputs[g]), key=lambda g: (-self.outputs[g], len(g), g[-1], g)
-            )
+            by_output = sorted((g for g in everything if self.outputs[g]), key=lambda g: (-self.outputs[g], len(g), g[-1], g))
             chosen = set(by_output[:half])
             by_score = sorted(everything - chosen, key=lambda g: (-self.score(g), len(g), g[-1], g))
             chosen |= set(by_score[: budget - 1 - len(chosen)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from stretto.cache import CacheShape, PagedCache
 from stretto.errors import OutOfPages
 
@@ -310,9 +309,7 @@ def test_page_count_is_checked(pages):
 
 
 def test_more_memory_than_the_machine_has_is_refused():
-    with pytest.raises(
-        ValueError, match=r"PagedCache: num_pages: 100000 pages of .* expected at most the .* GiB of this machine"
-    ):
+    with pytest.raises(ValueError, match=r"PagedCache: num_pages: 100000 pages of .* expected at most the .* GiB of this machine"):
         PagedCache(CacheShape(80, 64, 256, 256, torch.float32), 100_000)
 
 

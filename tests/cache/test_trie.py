@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from stretto.cache import NgramTrie
 from stretto.ops.table import native_available
+
 from tests.cache.ngram_model import Draft, ngrams, squeeze
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the trie is native code")
@@ -103,12 +103,8 @@ tokens_of = st.lists(st.integers(0, 3), max_size=60)
     shape=st.sampled_from(["tree", "one"]),
     stop=st.sets(st.integers(0, 3), max_size=1),
 )
-def test_query_equals_brute_force(
-    outputs, prompt, suffix, budget, branch_length, max_depth, max_query_length, mode, shape, stop
-):
-    trie = NgramTrie(
-        branch_length, vocab_size=4, max_query_length=max_query_length, max_tree_nodes=UNPRUNED, stop_tokens=stop
-    )
+def test_query_equals_brute_force(outputs, prompt, suffix, budget, branch_length, max_depth, max_query_length, mode, shape, stop):
+    trie = NgramTrie(branch_length, vocab_size=4, max_query_length=max_query_length, max_tree_nodes=UNPRUNED, stop_tokens=stop)
     depth = branch_length + max_query_length - 1
     for tokens in outputs:
         trie.insert(tokens)

@@ -7,20 +7,18 @@ import struct
 
 import numpy as np
 import pytest
-
 import stretto.cache.trie as module
 from stretto.cache import NgramTrie
 from stretto.errors import ModelFileError
 from stretto.ops.table import native_available
+
 from tests.cache.ngram_model import ngrams
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the trie is native code")
 
 
 def make(**changes) -> NgramTrie:
-    return NgramTrie(
-        **({"branch_length": 3, "vocab_size": 8, "fingerprint": "letters", "max_tree_nodes": 2**31 - 1} | changes)
-    )
+    return NgramTrie(**({"branch_length": 3, "vocab_size": 8, "fingerprint": "letters", "max_tree_nodes": 2**31 - 1} | changes))
 
 
 def filled() -> NgramTrie:
