@@ -9,6 +9,9 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+
 from stretto.errors import ModelFileError
 
 
@@ -44,6 +47,19 @@ def map_file(path: Path) -> tuple[mmap.mmap, int]:
         return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ), status.st_size
     finally:
         os.close(fd)
+
+
+def forget(data: npt.NDArray[np.uint8]) -> None:
+    """Let go of the memory behind a view of a mapped file whose bytes have been used; reading it again reads the file again."""
+    owner: Any = data
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    mapped = owner.obj if isinstance(owner, memoryview) else owner
+    if not isinstance(mapped, mmap.mmap) or data.nbytes == 0:
+        return
+    start = data.ctypes.data - np.frombuffer(mapped, np.uint8, 1).ctypes.data
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE  # pages shared with a neighbour are read once more by it
+    mapped.madvise(mmap.MADV_DONTNEED, first, start + data.nbytes - first)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

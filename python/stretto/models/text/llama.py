@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stretto.cache import PagedCache
 from stretto.models.batch import Batch
+from stretto.models.loading._files import forget
 from stretto.models.loading.config import TextConfig
 from stretto.models.loading.weights import RawWeight, Weights, dequantize
 from stretto.ops import attention, norm, quant, rope
@@ -203,7 +204,10 @@ def _raw(weight: RawWeight) -> Tensor:
 
 def _pack(*weights: RawWeight, interleave: bool = False) -> PackedWeight:
     first = weights[0]
-    return quant.pack([_raw(w) for w in weights], first.dtype, first.shape[1], interleave=interleave)
+    packed = quant.pack([_raw(w) for w in weights], first.dtype, first.shape[1], interleave=interleave)
+    for weight in weights:
+        forget(weight.data)
+    return packed
 
 
 def _gated(gate: RawWeight, up: RawWeight) -> PackedWeight:
