@@ -85,17 +85,37 @@ def decode_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
         yield ""
 
 
+def speculation_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
+    yield f"\n## Speculation: {document['model']}, {document['threads']} threads, {document['max_tokens']} tokens"
+    yield f"`{document['command']}`; file `{name}`. Times of plain decoding over the method's, each with an empty trie; {document['machine']['cpu']}.\n"
+    yield "| prompts | outputs that differ | method | median | least | largest | all together | tokens per forward |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for kind, found in [*document["kinds"].items(), ("all", document["all"])]:
+        for method in ("trie", "ngram", "auto"):
+            m = found[method]
+            speeds = " | ".join(f"{m[k]:.2f}×" for k in ("median", "low", "high", "total"))
+            yield f"| {kind} ({found['prompts']}) | {found['different']} | {method} | {speeds} | {m['tokens_per_forward']:.2f} |"
+
+
+def perplexity_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
+    yield f"\n## Perplexity: {document['model']}"
+    yield f"`{document['command']}`; file `{name}`. {document['tokens']} tokens of Python's language reference, windows of {document['window']}.\n"
+    yield "| stretto | llama.cpp | difference |"
+    yield "|---|---|---|"
+    yield f"| {document['stretto']:.4f} | {document['llama.cpp']:.4f} | {document['relative_difference']:+.3%} |"
+
+
+SECTIONS = {"decode": decode_section, "perplexity": perplexity_section, "speculation": speculation_section}
+
+
 def page(results: Path) -> str:
     """The whole page. ValueError for a result file of unknown kind."""
     lines = [INTRODUCTION.rstrip("\n")]
     for path in sorted(results.rglob("*.json")):
         document = json.loads(path.read_text())
-        if document["kind"] != "decode":
-            raise ValueError(f"{path.name}: kind: {document['kind']!r}, expected 'decode'")
-        lines += decode_section(document, path.relative_to(results.parent.parent).as_posix())
-    notes = results / "notes.md"
-    if notes.exists():
-        lines.append(notes.read_text())
+        if document["kind"] not in SECTIONS:
+            raise ValueError(f"{path.name}: kind: {document['kind']!r}, expected one of {', '.join(SECTIONS)}")
+        lines += SECTIONS[document["kind"]](document, path.relative_to(results.parent.parent).as_posix())
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

@@ -89,7 +89,7 @@ def test_draft_model(plain):
 
     for seed, good in ((0, True), (1, False)):
         llm, draft = tiny_llm(), tiny_llm(seed=seed, max_seqs=1)
-        llm.engine._cost = CostCurve((1, 32), (1.0, 1.0))  # rows cost nothing: drafts are always verified
+        llm.engine._cost, llm.engine._cost_until = CostCurve((1, 32), (1.0, 1.0)), float("inf")  # rows cost nothing: drafts are always verified
         llm._drafts["d"] = DraftModelProposer("draft:d", draft.engine.runner, draft.cache)
         results = llm.generate(prompts(8), max_tokens=24, ignore_eos=True, decode="draft:d")
         assert [r.tokens for r in results] == plain["greedy"]

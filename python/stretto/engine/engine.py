@@ -24,6 +24,9 @@ from stretto.errors import ContextTooLong, NonFiniteLogits, OutOfPages
 from stretto.models.loading.tokenizer import Tokenizer
 from stretto.models.text import TextModel
 
+COST_SECONDS = 30.0
+"""How long a measured cost curve is believed; measuring takes about half a percent of that."""
+
 MAX_PREEMPTIONS = 4
 """A request preempted this often is not chosen again, so that two requests cannot evict each other for ever."""
 
@@ -56,6 +59,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._cost: CostCurve | None = None
+        self._cost_until = 0.0
         self._next_id = 0
 
     # -- requests ---------------------------------------------------------------------------------------------------------------------
@@ -250,9 +254,14 @@ class Engine:
 
     @property
     def cost(self) -> CostCurve:
-        """Seconds of a step by rows, measured at the first use."""
-        if self._cost is None:
-            self._cost = CostCurve.measure(self.step_seconds, self.config.max_rows)
+        """Seconds of a step by rows, measured at the first use and again every COST_SECONDS: who else uses the machine changes."""
+        now = time.monotonic()
+        if self._cost is None or now > self._cost_until:
+            try:
+                self._cost = CostCurve.measure(self.step_seconds, self.config.max_rows)
+            except OutOfPages:  # the cache is full of running requests: what is known must do
+                self._cost = self._cost or CostCurve((1,), (1.0,))
+            self._cost_until = now + COST_SECONDS
         return self._cost
 
     def step_seconds(self, rows: int) -> float:
