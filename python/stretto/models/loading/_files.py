@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from stretto.errors import ModelFileError
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 
 def shown(value: object) -> str:
     """``repr`` for an error message, cut to 80 characters: a name in a hostile file may be megabytes long."""
@@ -21,7 +24,7 @@ def shown(value: object) -> str:
         value = value[:80]
     elif isinstance(value, int) and value.bit_length() > 256:  # printing a number takes time quadratic in its length
         return f"an integer of {value.bit_length()} bits"
-    elif isinstance(value, list | tuple | dict) and len(value) > 8:
+    elif isinstance(value, list | tuple | dict | np.ndarray) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value)} items"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -93,7 +96,10 @@ def parse_json_object(raw: bytes, path: Path, field: str, *, max_items: int) -> 
     if items > max_items:
         fail(path, f"{field} values", items, f"at most {max_items}")
     try:
-        parsed = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        text = raw.decode()
+        parsed = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        if _SURROGATE.search(text):  # half a pair is no text: it could be neither printed nor tokenised later
+            json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # ValueError covers JSON, UTF-8 and integers of more than 4,300 digits
         raise ModelFileError(f"{path}: {field}: not valid JSON: {shown(str(error))}") from None
     if not isinstance(parsed, dict):

@@ -155,50 +155,6 @@ def _to_q4_1(x: Floats) -> Bytes:
     return np.concatenate([*header, _pack_nibbles((x - low) * _inverse(d) + np.float32(0.5))], axis=1)
 
 
-QUANTIZERS: Mapping[str, Callable[[Bytes], Floats]] = MappingProxyType({
-    "F32": _f32, "F16": _half, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
-    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
-})  # fmt: skip
-"""Formats this library reads. Each expands to at most 8 bytes of float32 per byte of file."""
-
-
-def _inverse(scale: Floats) -> Floats:
-    """1 / scale in float32, zero where the scale is zero."""
-    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-
-
-def _pack_nibbles(values: Bytes) -> Bytes:
-    return values[:, :16] | (values[:, 16:] << 4)
-
-
-def _half_bytes(values: Floats) -> Bytes:
-    return values.astype("<f2").view(np.uint8)
-
-
-def _to_q8_0(x: Floats) -> Bytes:
-    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    scaled = x * _inverse(d)
-    whole = np.trunc(scaled)  # halves go away from zero; np.round would send them to even
-    rounded = whole + np.trunc(np.float32(2) * (scaled - whole))
-    return np.concatenate([_half_bytes(d), rounded.astype(np.int8).view(np.uint8)], axis=1)
-
-
-def _to_q4_0(x: Floats) -> Bytes:
-    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)  # with its sign, mapped to -8
-    d = largest / np.float32(-8)
-    # The sum is exact in float64: the reference rounds once, when it truncates.
-    quants = np.trunc(x.astype(np.float64) * _inverse(d) + 8.5).astype(np.int64)
-    return np.concatenate([_half_bytes(d), _pack_nibbles(quants.clip(0, 15).astype(np.uint8))], axis=1)
-
-
-def _to_q4_1(x: Floats) -> Bytes:
-    low = x.min(axis=1, keepdims=True)
-    d = (x.max(axis=1, keepdims=True) - low) / np.float32(15)
-    quants = np.trunc((x - low) * _inverse(d) + np.float32(0.5))
-    packed = _pack_nibbles(quants.clip(0, 15).astype(np.uint8))
-    return np.concatenate([_half_bytes(d), _half_bytes(low), packed], axis=1)
-
-
 QUANTIZERS: Mapping[str, Callable[[Floats], Bytes]] = MappingProxyType({"Q8_0": _to_q8_0, "Q4_0": _to_q4_0, "Q4_1": _to_q4_1})
 
 

@@ -26,6 +26,7 @@ MAX_CONFIG_BYTES = 4 << 20  # the largest known, with id-to-label maps, is below
 
 MAX_VOCAB, MAX_HIDDEN, MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 1 << 22, 1 << 16, 1024, 1024, 1024
 MAX_INTERMEDIATE, MAX_CONTEXT = 1 << 20, 1 << 26
+MIN_THETA, MAX_THETA = 2.0, 1e12  # 1 has no wavelengths, and YaRN divides by its logarithm
 # Tokens that end a turn whatever the key eos_token_id says: chat files often name only one of two.
 _END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>", "<eos>"})
 _CONTROL = 3  # token type "control" in tokenizer.ggml.token_type
@@ -159,11 +160,13 @@ class _Fields:
 
 
 def _check_whole(path: Path, config: TextConfig) -> TextConfig:
-    """What no single field can show."""
+    """What no single field can show, and the sizes the kernels take."""
     if config.num_heads % config.num_kv_heads:
         fail(path, "key-value heads", config.num_kv_heads, f"a divisor of the {config.num_heads} heads")
-    if config.head_dim % 2:
-        fail(path, "head size", config.head_dim, "an even number (rotary embedding pairs dimensions)")
+    if config.head_dim % 16:
+        fail(path, "head size", config.head_dim, "a multiple of 16 (attention over other sizes is not built here)")
+    if config.intermediate_size % 16:
+        fail(path, "feed-forward size", config.intermediate_size, "a multiple of 16 (gate and up are packed in groups of 16 rows)")
     if any(config.sliding_layers) and config.sliding_window is None:
         fail(path, "sliding window", None, "a size, because some layers slide")
     for token in (*config.eos_ids, *(() if config.bos_id is None else (config.bos_id,))):
@@ -172,8 +175,10 @@ def _check_whole(path: Path, config: TextConfig) -> TextConfig:
     return config
 
 
-def _unknown(path: Path, architecture: str) -> UnknownModel:
-    return UnknownModel(f"{path}: architecture {shown(architecture)} is not known; known are {', '.join(ARCHITECTURES)}")
+def _unknown(path: Path, field: str, architecture: str) -> UnknownModel | ModelFileError:
+    if not architecture:
+        return ModelFileError(f"{path}: {field}: missing, expected one of {', '.join(ARCHITECTURES)}")
+    return UnknownModel(f"{path}: {field}: architecture {shown(architecture)} is not known; known are {', '.join(ARCHITECTURES)}")
 
 
 def _yarn_factor(factor: float) -> float:
@@ -224,13 +229,15 @@ def _gguf_rope_scaling(file: GgufFile, keys: _Fields, theta: float, head_dim: in
         return _llama3_from_factors(file, theta, head_dim)
     if kind not in ("linear", "yarn"):
         keys.fail("rope.scaling.type", kind, "none, linear or yarn")
+    if "rope_freqs.weight" in file.tensors:
+        keys.fail("rope.scaling.type", kind, "none, because the file also holds rope_freqs.weight")
     factor = keys.number("rope.scaling.factor", 1.0, 1e6)
     original = keys.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT, default=context)
     if kind == "linear":
         return RopeScaling("linear", factor, original)
     attn = keys.number("rope.scaling.attn_factor", 0.0, 100.0, default=1.0) * _yarn_factor(factor)
-    fast = keys.number("rope.scaling.yarn_beta_fast", 0.0, 1e6, default=32.0)
-    slow = keys.number("rope.scaling.yarn_beta_slow", 0.0, 1e6, default=1.0)
+    fast = keys.number("rope.scaling.yarn_beta_fast", 1e-3, 1e6, default=32.0)
+    slow = keys.number("rope.scaling.yarn_beta_slow", 1e-3, 1e6, default=1.0)
     return RopeScaling("yarn", factor, original, attn_factor=attn, beta_fast=fast, beta_slow=slow)
 
 
@@ -254,7 +261,7 @@ def config_from_gguf(file: GgufFile) -> TextConfig:
     general = _Fields(file.path, "", metadata)
     architecture = general.text("general.architecture", "")
     if architecture not in ARCHITECTURES or architecture == "mistral":  # Mistral files call themselves llama
-        raise _unknown(file.path, architecture)
+        raise _unknown(file.path, "general.architecture", architecture)
     prefix = architecture + "."
     keys = _Fields(file.path, prefix, {key[len(prefix) :]: metadata[key] for key in metadata if key.startswith(prefix)})
     keys.must_be("expert_count", 0, "mixtures of experts are not built here")
@@ -265,14 +272,15 @@ def config_from_gguf(file: GgufFile) -> TextConfig:
     head_dim = keys.integer("attention.key_length", 1, MAX_HEAD_DIM, default=max(1, hidden // num_heads))
     keys.must_be("attention.value_length", head_dim, "values as long as keys")
     keys.must_be("rope.dimension_count", head_dim, "rotary embedding of whole heads")
-    theta = keys.number("rope.freq_base", 1.0, 1e12, default=1e6 if gemma else 1e4)
-    context = keys.integer("context_length", 1, MAX_CONTEXT)
+    theta = keys.number("rope.freq_base", MIN_THETA, MAX_THETA, default=1e6 if gemma else 1e4)
+    context = keys.integer("context_length", 2, MAX_CONTEXT)
     window, sliding = _gguf_sliding(keys, architecture, num_layers)
     tokens = metadata.get("tokenizer.ggml.tokens")
-    known_tokens = len(tokens) if isinstance(tokens, StringArray) and len(tokens) else None
-    vocab_size = keys.integer("vocab_size", 1, MAX_VOCAB, default=known_tokens)
-    if known_tokens is not None and known_tokens > vocab_size:
-        fail(file.path, "tokenizer.ggml.tokens", known_tokens, f"at most {prefix}vocab_size {vocab_size}")
+    if not isinstance(tokens, StringArray) or not len(tokens):
+        fail(file.path, "tokenizer.ggml.tokens", "missing" if tokens is None else tokens, "an array of strings, at least one")
+    vocab_size = keys.integer("vocab_size", 1, MAX_VOCAB, default=len(tokens))
+    if len(tokens) > vocab_size:
+        fail(file.path, "tokenizer.ggml.tokens", len(tokens), f"at most {prefix}vocab_size {vocab_size}")
     # Gemma 3 27B (62 layers) alone scales queries by its model width per head; files do not say so.
     query_width = hidden / num_heads if gemma and num_layers == 62 else head_dim
     return _check_whole(file.path, TextConfig(
@@ -280,7 +288,7 @@ def config_from_gguf(file: GgufFile) -> TextConfig:
         num_kv_heads=keys.integer("attention.head_count_kv", 1, MAX_HEADS, default=num_heads), head_dim=head_dim,
         intermediate_size=keys.integer("feed_forward_length", 1, MAX_INTERMEDIATE),
         norm_eps=keys.number("attention.layer_norm_rms_epsilon", 0.0, 0.1), norm_offset=0.0, rope_theta=theta,
-        rope_theta_local=keys.number("rope.freq_base_swa", 1.0, 1e12, default=1e4) if gemma else None,
+        rope_theta_local=keys.number("rope.freq_base_swa", MIN_THETA, MAX_THETA, default=1e4) if gemma else None,
         rope_order="interleaved" if architecture == "llama" else "half",
         rope_scaling=_gguf_rope_scaling(file, keys, theta, head_dim, context), context_length=context,
         sliding_window=window, sliding_layers=sliding, tie_word_embeddings="output.weight" not in file.tensors,
@@ -319,8 +327,8 @@ def _hf_rope(keys: _Fields, scaled: _Fields | None, theta: float, context: int) 
     scaled.must_be("truncate", True, "YaRN bounds are whole dimensions")
     scaled.must_be("mscale", None, "it belongs to models not built here")
     attn = scaled.number("attention_factor", 0.0, 100.0, default=_yarn_factor(factor))
-    fast = scaled.number("beta_fast", 0.0, 1e6, default=32.0)
-    slow = scaled.number("beta_slow", 0.0, 1e6, default=1.0)
+    fast = scaled.number("beta_fast", 1e-3, 1e6, default=32.0)
+    slow = scaled.number("beta_slow", 1e-3, 1e6, default=1.0)
     return RopeScaling("yarn", factor, original, attn_factor=attn, beta_fast=fast, beta_slow=slow)
 
 
@@ -388,7 +396,7 @@ def config_from_hf(
         _hf_unsupported(outer)
     architecture = {"gemma3_text": "gemma3"}.get(kind, kind)
     if architecture not in ARCHITECTURES:
-        raise _unknown(path, kind)
+        raise _unknown(path, keys.label + "model_type", kind)
     gemma = architecture == "gemma3"
     _hf_unsupported(keys)
     keys.must_be("hidden_activation" if gemma else "hidden_act", "gelu_pytorch_tanh" if gemma else "silu", architecture)
@@ -399,22 +407,22 @@ def config_from_hf(
     num_kv_heads = keys.integer("num_key_value_heads", 1, MAX_HEADS, default=4 if gemma else num_heads)
     default_dim = {"gemma3": 256, "qwen3": 128}.get(architecture, max(1, hidden // num_heads))
     head_dim = keys.integer("head_dim", 1, MAX_HEAD_DIM, default=default_dim)
-    context = keys.integer("max_position_embeddings", 1, MAX_CONTEXT, default=131_072 if gemma else None)
+    context = keys.integer("max_position_embeddings", 2, MAX_CONTEXT, default=131_072 if gemma else None)
     rope = keys.section("rope_parameters") or keys.section("rope_scaling")
     local = None
     if gemma:
         nested_rope = keys.section("rope_parameters")
         local_rope = nested_rope.section("sliding_attention") if nested_rope is not None else None
-        default_local = keys.number("rope_local_base_freq", 1.0, 1e12, default=1e4)
-        local = default_local if local_rope is None else local_rope.number("rope_theta", 1.0, 1e12, default=default_local)
+        default_local = keys.number("rope_local_base_freq", MIN_THETA, MAX_THETA, default=1e4)
+        local = default_local if local_rope is None else local_rope.number("rope_theta", MIN_THETA, MAX_THETA, default=default_local)
         if local_rope is not None:
             local_rope.must_be("rope_type", "default", "sliding layers are not scaled")
         if nested_rope is not None:
             rope = nested_rope.section("full_attention")
-    theta = keys.number("rope_theta", 1.0, 1e12, default=1e6 if gemma else 1e4)
+    theta = keys.number("rope_theta", MIN_THETA, MAX_THETA, default=1e6 if gemma else 1e4)
     if rope is not None:
         rope.must_be("partial_rotary_factor", 1.0, "rotary embedding of whole heads")
-        theta = rope.number("rope_theta", 1.0, 1e12, default=theta)
+        theta = rope.number("rope_theta", MIN_THETA, MAX_THETA, default=theta)
     scaling = _hf_rope(keys, rope, theta, context)
     if scaling is not None and scaling.type == "yarn":  # files name the length before or after stretching
         context = max(context, min(MAX_CONTEXT, int(scaling.factor * scaling.original_context)))

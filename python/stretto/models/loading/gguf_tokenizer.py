@@ -24,6 +24,7 @@ from stretto.models.loading.tokenizer import _SPACE, Tokenizer, Vocabulary
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4  # tokenizer.ggml.token_type
 MAX_TOKEN_BYTES = 65_536
+MAX_PIECE_CHARS, MAX_VOCAB_CHARS = 512, 16 << 20  # where merges are made from all cuts of all pieces; Gemma's have 2 M characters
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -154,6 +155,9 @@ def _sentencepiece(keys: _Keys, tokens: list[str], kinds: Sequence[int], vocab: 
         ranks = list(range(len(tokens))) if gemma else (-np.nan_to_num(scores.astype(np.float64))).tolist()
         # A merge never makes a control or byte token: those stand for something else than their text.
         kept = [index for index, kind in enumerate(kinds) if kind in (_NORMAL, _USER)]
+        longest, total = max((len(tokens[index]) for index in kept), default=0), sum(len(tokens[index]) for index in kept)
+        if longest > MAX_PIECE_CHARS or total > MAX_VOCAB_CHARS:
+            keys.fail("tokens", f"{total} characters, {longest} in one token", f"at most {MAX_VOCAB_CHARS} and {MAX_PIECE_CHARS}, or merges")
         merges = _merges_by_rank([tokens[index] for index in kept], [ranks[index] for index in kept], vocab)
     unknown = keys.token_id("unknown_token_id", len(tokens))
     backend = tokenizers.Tokenizer(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from stretto.errors import ModelFileError
 from stretto.models.loading.config import TextConfig, config_from_gguf, read_hf_config
 from stretto.models.loading.gguf import read_gguf
 from stretto.models.loading.safetensors import open_safetensors
@@ -18,8 +19,8 @@ DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 class Converted:
     """Weights whose matrices are converted to one format as they are read."""
 
-    def __init__(self, source: Weights, fmt: str) -> None:
-        self._source, self._format = source, fmt
+    def __init__(self, source: Weights, fmt: str, path: Path) -> None:
+        self._source, self._format, self._path = source, fmt, path
 
     def has(self, name: str) -> bool:
         return self._source.has(name)
@@ -32,7 +33,10 @@ class Converted:
         if self._format in ("F32", "F16", "BF16"):
             plain = torch.from_numpy(values).to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[self._format])
             return RawWeight(self._format, weight.shape, plain.view(torch.uint8).numpy().reshape(-1))
-        return quantize(values, self._format)
+        try:
+            return quantize(values, self._format)
+        except ValueError as error:  # a row that is not whole blocks, a value that is not finite, a scale beyond float16
+            raise ModelFileError(f"{self._path}: tensor {name}: cannot become {self._format}: {error}") from None
 
 
 def open_model(path: Path, dtype: str | None = None) -> tuple[TextConfig, Weights, Tokenizer]:
@@ -51,4 +55,4 @@ def open_model(path: Path, dtype: str | None = None) -> tuple[TextConfig, Weight
         file = read_gguf(path)
         config, source, tokenizer = config_from_gguf(file), WeightSource.from_gguf(file), tokenizer_from_gguf(file)
     source.check(config)
-    return config, source if dtype is None else Converted(source, dtype.upper()), tokenizer
+    return config, source if dtype is None else Converted(source, dtype.upper(), path), tokenizer

@@ -2,8 +2,9 @@
 
 The immutable sandbox keeps a template away from Python's internals, not from exhausting time and memory: ``x ~ x`` in a loop
 doubles, a list of lists of lists prints exponentially, ``"%999999999d"`` allocates at once. So every value a template makes is
-weighed when it is made (characters and elements, counted with repetition), every loop turn and call looks at a clock of the
-thread's own CPU time, all text written is counted, and the operations that multiply sizes check before they run.
+weighed when it is made (characters, elements and digits, counted with repetition), as is the sum of all values made, every loop turn
+and call looks at a clock of the thread's own CPU time, all text written is counted, and the operations that multiply sizes check
+before they run.
 Behaviour for well-meant templates follows transformers: trim_blocks, lstrip_blocks, loop controls, ``raise_exception``,
 ``strftime_now``, ``tojson`` without escaping, ``{% generation %}`` as a no-op.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension
+from jinja2.filters import do_round
 from jinja2.lexer import Token
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -33,6 +35,7 @@ from stretto.errors import ModelFileError
 MAX_SOURCE_CHARS = 128 << 10  # the largest known template has about 20,000
 MAX_CHARS = 1 << 20  # of any value, and of all text written; grows with the messages
 MAX_ELEMENTS = 200_000
+_MADE = 32  # times MAX_CHARS: characters of all values made together, since each may be kept under a name of its own
 MAX_SECONDS = 0.25  # of the thread's CPU time; real templates take well below a millisecond
 _MAX_BITS = 4096
 
@@ -143,7 +146,7 @@ class _Asked(TemplateError):
 class _Budget:
     def __init__(self, input_chars: int) -> None:
         self.max_chars = MAX_CHARS + 4 * input_chars
-        self.written = 0
+        self.written = self.made = 0
         self.deadline = time.thread_time() + MAX_SECONDS
 
     def tick(self) -> None:
@@ -160,8 +163,25 @@ class _Budget:
             self.size(len(value))
         elif isinstance(value, list | tuple | dict | set | frozenset):
             self._weigh_container(value)
+        elif isinstance(value, int):
+            self.bits(value.bit_length())
         elif isinstance(value, Namespace):  # its text holds its attributes, which may be namespaces again
             raise _Refused("uses a namespace as a value")
+        return value
+
+    def bits(self, bits: int) -> None:
+        if bits > _MAX_BITS:
+            raise _Refused(f"makes an integer of more than {_MAX_BITS} bits")
+
+    def make(self, value: Any) -> Any:
+        """`weigh` a new value, and count it towards what all values may weigh together; returns it."""
+        self.weigh(value)
+        if isinstance(value, str):
+            self.made += len(value)
+        elif isinstance(value, list | tuple | dict | set | frozenset):
+            self.made += self._weigh_container(value) + 16 * len(value)
+        if self.made > _MADE * self.max_chars:
+            raise _Refused(f"makes values of {self.made} characters together, more than {_MADE * self.max_chars}")
         return value
 
     def _weigh_container(self, value: Any) -> int:
@@ -249,16 +269,18 @@ def _replaced_chars(text: str, old: str, new: str) -> int:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    intercepted_binops = frozenset({"*", "**", "+", "%", "//"})
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_finalize, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        own: dict[str, Callable[..., Any]] = {"replace": _replace, "join": _join, "indent": _indent, "tojson": _tojson, "sum": _sum}
+        own: dict[str, Callable[..., Any]] = {
+            "replace": _replace, "join": _join, "indent": _indent, "tojson": _tojson, "sum": _sum, "round": _round
+        }  # fmt: skip
         kept = {name: own.get(name, self.filters.get(name)) for name in _FILTERS}
         self.filters = {name: _guarded(function) for name, function in kept.items() if function is not None}
-        self.filters |= {"bounded loop": _Steps, "bounded value": lambda value: _budget.get().weigh(value)}
+        self.filters |= {"bounded loop": _Steps, "bounded value": lambda value: _budget.get().make(value)}
         for name in ("lipsum", "cycler", "joiner"):
             del self.globals[name]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -275,10 +297,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise _Refused("formats with str.format")
         if isinstance(owner, str) and name == "replace" and len(args) >= 2:
             budget.size(_replaced_chars(owner, *args[:2]))
-        elif isinstance(owner, str) and name == "join" and args and hasattr(args[0], "__len__"):
-            budget.size(len(owner) * len(args[0]))
+        elif isinstance(owner, str) and name == "join" and args:
+            parts = budget.weigh(list(args[0]))  # a generator has no length
+            budget.size(len(owner) * len(parts))
+            args = (parts, *args[1:])
         result = super().call(context, obj, *args, **kwargs)
-        return result if isinstance(result, Namespace) else budget.weigh(result)
+        return result if isinstance(result, Namespace) else budget.make(result)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = _budget.get()
@@ -290,10 +314,12 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if isinstance(value, str | list | tuple) and isinstance(times, int):
                     budget.size(len(value) * max(times, 0))
         if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * (max(right, 0) if operator == "**" else 1) + right.bit_length()
-            if bits > _MAX_BITS:
-                raise _Refused(f"makes an integer of more than {_MAX_BITS} bits")
-        return budget.weigh(super().call_binop(context, operator, left, right))
+            budget.bits(left.bit_length() * (max(right, 0) if operator == "**" else 1) + right.bit_length())
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, list | tuple):  # its parts were counted when they were made
+            budget.made += 16 * len(result)
+            return budget.weigh(result)
+        return budget.make(result)
 
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -303,7 +329,7 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         budget.tick()
         for value in args:
             budget.weigh(value)
-        return budget.weigh(function(*args, **kwargs))
+        return budget.make(function(*args, **kwargs))
 
     return checked
 
@@ -335,6 +361,12 @@ def _sum(values: Any, attribute: str | int | None = None) -> int | float:
     return total
 
 
+def _round(value: float, precision: int = 0, method: str = "common") -> float:
+    if abs(precision) > 30:
+        raise _Refused(f"rounds to {precision} digits")
+    return do_round(value, precision, method)  # type: ignore[arg-type]  # refuses an unknown method itself
+
+
 def _item(value: Any, name: str | int) -> Any:
     for part in str(name).split("."):
         key = int(part) if part.isdigit() else part
@@ -358,10 +390,23 @@ def _tojson(
     separators: Sequence[str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    if indent is not None and not 0 <= indent <= 16:
-        raise _Refused(f"indents JSON by {indent}")
+    if indent is not None:
+        if not 0 <= indent <= 16:
+            raise _Refused(f"indents JSON by {indent}")
+        _budget.get().size(indent * _levels(value))
     pair = None if separators is None else (str(separators[0])[:16], str(separators[1])[:16])
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
+
+
+def _levels(value: Any) -> int:
+    """Sum of the depths of all elements: what each step of indentation costs."""
+    total, pending = 0, [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
+        total += depth
+        if isinstance(item, list | tuple | dict):
+            pending += [(inner, depth + 1) for inner in (item.values() if isinstance(item, dict) else item)]
+    return total
 
 
 def _raise_exception(message: object) -> None:
@@ -407,7 +452,7 @@ class ChatTemplate:
         environment = _Environment()
         try:
             self._template = environment.from_string(_Guard().visit(environment.parse(source)))
-        except (TemplateError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+        except Exception as error:  # it is a program: whatever it raises is its own fault
             raise ModelFileError(f"{where}: not a usable template: {str(error)[:200]}") from None
 
     def render(self, messages: object, *, add_generation_prompt: bool = True) -> str:
@@ -421,7 +466,7 @@ class ChatTemplate:
             return self._template.render(**self.variables, messages=copy, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
         except _Asked as error:
             raise ValueError(f"apply_chat_template: messages: {error}") from None
-        except (TemplateError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        except Exception as error:  # as above
             raise ModelFileError(f"{self.where}: {type(error).__name__.strip('_')}: {str(error)[:200]}") from None
         finally:
             _budget.reset(token)

@@ -7,10 +7,11 @@ tokens gives exactly the text that decoding them together gives, and an unfinish
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +21,23 @@ import tokenizers
 
 from stretto.errors import ModelFileError
 from stretto.models.loading._files import fail, read_bytes, shown
-from stretto.models.loading.config import CONFIG_NAME, GENERATION_NAME, read_json
+from stretto.models.loading.config import CONFIG_NAME, GENERATION_NAME, MAX_VOCAB, read_json
 from stretto.models.loading.gguf import GgufFile
 
 MAX_TOKENIZER_BYTES = 128 << 20  # tokenizer.json of 262,144 tokens takes 33 MB
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space
+
+
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Whatever the tokenizers library raises over a bad file becomes a ModelFileError; its panics derive from BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFileError(f"{what}: {shown(str(error))}") from None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -158,20 +170,22 @@ class Tokenizer:
         Args:
             add_special: put the begin (and end) tokens the model wants around it. Not for text from a chat template, which has them.
             parse_special: a special token written out in ``text``, such as "<|im_end|>", becomes that token; otherwise it is text.
-        Raises: ValueError if ``text`` is no string or holds a lone surrogate.
+        Raises: ValueError if ``text`` is no string or holds a lone surrogate; ModelFileError if the tokenizer in the file fails.
         """
         if not isinstance(text, str):
             raise ValueError(f"encode: text: {type(text).__name__}, expected a string")
         backend = self._backend if parse_special else self._plain
         own_prefix = self._prefix is None and add_special and parse_special
         try:
-            ids = backend.encode(text, add_special_tokens=own_prefix).ids
-        except (TypeError, UnicodeError):
+            text.encode()
+        except UnicodeEncodeError:
             raise ValueError(f"encode: text: {shown(text)}, expected no lone surrogates") from None
-        if not add_special or own_prefix:
-            return list(ids)
-        if self._prefix is None:
-            return list(self._backend.post_process(backend.encode(text, add_special_tokens=False)).ids)
+        with _library_errors(f"{self._where}: tokenizer fails on {shown(text)}"):
+            ids = backend.encode(text, add_special_tokens=own_prefix).ids
+            if not add_special or own_prefix:
+                return list(ids)
+            if self._prefix is None:
+                return list(self._backend.post_process(backend.encode(text, add_special_tokens=False)).ids)
         return [*self._prefix, *ids, *self._suffix]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -248,8 +262,7 @@ def _hf_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
             fail(separate, "text", raw[:32], "UTF-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        template = next((item.get("template") for item in template if isinstance(item, dict) and item.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
         fail(directory / "tokenizer_config.json", "chat_template", template, "text")
     return template
@@ -257,12 +270,8 @@ def _hf_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 
 def load_backend(raw: bytes, path: Path) -> tokenizers.Tokenizer:
     """Parse tokenizer.json. ModelFileError if the library refuses it or fails on it."""
-    try:
+    with _library_errors(f"{path}: not a usable tokenizer"):
         backend = tokenizers.Tokenizer.from_buffer(raw)
-    except BaseException as error:  # the library's panics derive from BaseException
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ModelFileError(f"{path}: not a usable tokenizer: {shown(str(error))}") from None
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -292,6 +301,8 @@ def tokenizer_from_hf(directory: str | os.PathLike[str]) -> Tokenizer:
         value = read_json(directory, name).get("eos_token_id")
         ends += value if isinstance(value, list) else [value]
     size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+    if not 1 <= size <= MAX_VOCAB:
+        fail(path, "number of tokens", size, f"1 to {MAX_VOCAB}")
     vocabulary = Vocabulary(
         style=style,
         size=size,

@@ -42,7 +42,7 @@ _HF_GEMMA_LAYER = {
     "post_mlp_norm": "post_feedforward_layernorm.weight",
 }  # fmt: skip
 # Tensors that repeat what the configuration says, or belong to parts that are not text.
-_IGNORED = re.compile(r"rope_freqs\.weight|.*rotary_emb\.inv_freq|(.*\.)?(vision_tower|multi_modal_projector)\..*|lm_head\.weight|output\.weight")
+_IGNORED = re.compile(r"rope_freqs\.weight|.*rotary_emb\.inv_freq|(.*\.)?(vision_tower|multi_modal_projector)\..*")
 _LAYER_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z_]+)")
 
 
@@ -120,25 +120,30 @@ class WeightSource:
         Raises: ModelFileError naming the tensor.
         """
         used: set[str] = set()
-        for name, shape in expected_shapes(config):
+        shapes = dict(expected_shapes(config))
+        if self.has("head"):  # it is used where it is there, whatever the configuration says about tying (so does transformers)
+            shapes["head"] = shapes["embed"]
+        for name, shape in shapes.items():
             stored = self.file_name(name)
             if stored is None or stored not in self.tensors:
                 raise ModelFileError(f"{self.path}: tensor {stored or name}: missing, expected shape {shape}")
             used.add(stored)
-            info = self.tensors[stored]
-            field = f"tensor {stored}"
-            if info.shape != shape:
-                fail(self.path, field + " shape", info.shape, str(shape))
-            if info.dtype not in DEQUANTIZERS:
-                fail(self.path, field + " type", info.dtype, "one of " + ", ".join(DEQUANTIZERS))
-            values, _ = BLOCKS[info.dtype]
-            if len(shape) == 1 and values > 1:
-                fail(self.path, field + " type", info.dtype, "F32, F16 or BF16 for a vector")
-            if shape[-1] % values:
-                fail(self.path, field + " row", shape[-1], f"a multiple of {values}, the block of {info.dtype}")
+            self._check_tensor(self.tensors[stored], shape)
         for stored in self.tensors:
             if stored not in used and not _IGNORED.fullmatch(stored):
                 raise ModelFileError(f"{self.path}: tensor {shown(stored)}: not part of a {config.architecture} model")
+
+    def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        field = f"tensor {info.name}"
+        if info.shape != shape:
+            fail(self.path, field + " shape", info.shape, str(shape))
+        if info.dtype not in DEQUANTIZERS:
+            fail(self.path, field + " type", info.dtype, "one of " + ", ".join(DEQUANTIZERS))
+        values, _ = BLOCKS[info.dtype]
+        if len(shape) == 1 and values > 1:
+            fail(self.path, field + " type", info.dtype, "F32, F16 or BF16 for a vector")
+        if shape[-1] % values:
+            fail(self.path, field + " row", shape[-1], f"a multiple of {values}, the block of {info.dtype}")
 
 
 def expected_shapes(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
