@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Record:
     nbytes: int | None = None
 
     def size(self) -> int:
-        return int(np.prod(self.dims)) * 4 if self.nbytes is None else self.nbytes
+        return math.prod(self.dims) * 4 if self.nbytes is None else self.nbytes
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Gguf:
         raw += self.extra_keys
         position = 0
         for record in self.tensors:
-            offset = position if record.offset is None else record.offset
+            offset = position % 2**64 if record.offset is None else record.offset
             raw += string(record.name) + u32(len(record.dims) if record.rank is None else record.rank)
             raw += b"".join(u64(dim) for dim in record.dims) + u32(record.kind) + u64(offset)
             position = -(-(position + record.size()) // self.alignment) * self.alignment
@@ -113,11 +114,11 @@ class Gguf:
         return path
 
 
-def good_gguf() -> Gguf:
+def good_gguf(hidden: int = HIDDEN, feed: int = FEED) -> Gguf:
     file = Gguf()
     file.set("general.architecture", STRING, string("llama"))
-    for name, value in {"block_count": LAYERS, "context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": FEED,
-                        "attention.head_count": HEADS, "attention.head_count_kv": HEADS, "rope.dimension_count": HIDDEN}.items():  # fmt: skip
+    for name, value in {"block_count": LAYERS, "context_length": 128, "embedding_length": hidden, "feed_forward_length": feed,
+                        "attention.head_count": HEADS, "attention.head_count_kv": HEADS, "rope.dimension_count": hidden}.items():  # fmt: skip
         file.set(f"llama.{name}", U32, u32(value))
     file.set("llama.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", 1e-5))
     file.set("tokenizer.ggml.model", STRING, string("gpt2"))
@@ -127,28 +128,28 @@ def good_gguf() -> Gguf:
     file.set("tokenizer.ggml.token_type", ARRAY, numbers(5, "i", [3, 3] + [1] * (len(WORDS) - 2)))
     file.set("tokenizer.ggml.bos_token_id", U32, u32(0))
     file.set("tokenizer.ggml.eos_token_id", U32, u32(1))
-    square = [HIDDEN, HIDDEN]
-    shapes = {"attn_norm": [HIDDEN], "attn_q": square, "attn_k": square, "attn_v": square, "attn_output": square, "ffn_norm": [HIDDEN],
-              "ffn_gate": [HIDDEN, FEED], "ffn_up": [HIDDEN, FEED], "ffn_down": [FEED, HIDDEN]}  # fmt: skip
-    file.tensors = [Record("token_embd.weight", [HIDDEN, len(WORDS)]), Record("output_norm.weight", [HIDDEN])]
+    square = [hidden, hidden]
+    shapes = {"attn_norm": [hidden], "attn_q": square, "attn_k": square, "attn_v": square, "attn_output": square, "ffn_norm": [hidden],
+              "ffn_gate": [hidden, feed], "ffn_up": [hidden, feed], "ffn_down": [feed, hidden]}  # fmt: skip
+    file.tensors = [Record("token_embd.weight", [hidden, len(WORDS)]), Record("output_norm.weight", [hidden])]
     file.tensors += [Record(f"blk.0.{name}.weight", dims) for name, dims in shapes.items()]
     return file
 
 
-def hf_config() -> dict[str, Any]:
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FEED,
+def hf_config(hidden: int = HIDDEN, feed: int = FEED) -> dict[str, Any]:
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": feed,
             "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": len(WORDS),
             "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
             "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu"}  # fmt: skip
 
 
-def hf_tensors() -> dict[str, np.ndarray[Any, Any]]:
+def hf_tensors(hidden: int = HIDDEN, feed: int = FEED) -> dict[str, np.ndarray[Any, Any]]:
     rng = np.random.default_rng(0)
-    square = (HIDDEN, HIDDEN)
-    shapes = {"embed_tokens.weight": (len(WORDS), HIDDEN), "norm.weight": (HIDDEN,)}
-    for name, shape in {"input_layernorm": (HIDDEN,), "self_attn.q_proj": square, "self_attn.k_proj": square, "self_attn.v_proj": square,
-                        "self_attn.o_proj": square, "post_attention_layernorm": (HIDDEN,), "mlp.gate_proj": (FEED, HIDDEN),
-                        "mlp.up_proj": (FEED, HIDDEN), "mlp.down_proj": (HIDDEN, FEED)}.items():  # fmt: skip
+    square = (hidden, hidden)
+    shapes = {"embed_tokens.weight": (len(WORDS), hidden), "norm.weight": (hidden,)}
+    for name, shape in {"input_layernorm": (hidden,), "self_attn.q_proj": square, "self_attn.k_proj": square, "self_attn.v_proj": square,
+                        "self_attn.o_proj": square, "post_attention_layernorm": (hidden,), "mlp.gate_proj": (feed, hidden),
+                        "mlp.up_proj": (feed, hidden), "mlp.down_proj": (hidden, feed)}.items():  # fmt: skip
         shapes[f"layers.0.{name}.weight"] = shape
     return {f"model.{name}": (rng.standard_normal(shape) * 0.1).astype(np.float32) for name, shape in shapes.items()}
 
@@ -179,11 +180,11 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(whole))
 
 
-def write_hf(directory: Path) -> Path:
+def write_hf(directory: Path, hidden: int = HIDDEN, feed: int = FEED) -> Path:
     """A complete Hugging Face directory."""
     directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(hf_config()))
-    write_safetensors(directory / "model.safetensors", *safetensors(hf_tensors()))
+    (directory / "config.json").write_text(json.dumps(hf_config(hidden, feed)))
+    write_safetensors(directory / "model.safetensors", *safetensors(hf_tensors(hidden, feed)))
     write_tokenizer(directory)
     return directory
 
