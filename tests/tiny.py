@@ -68,7 +68,7 @@ def tiny_config(**changes: Any) -> TextConfig:
         architecture="llama", vocab_size=VOCAB, hidden_size=64, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=64, intermediate_size=96,
         norm_eps=1e-5, norm_offset=0.0, rope_theta=10000.0, rope_theta_local=None, rope_order="half", rope_scaling=None, context_length=512,
         sliding_window=None, sliding_layers=(False, False), tie_word_embeddings=True, qkv_bias=False, qk_norm=False, activation="silu",
-        embedding_scale=1.0, post_norms=False, attention_scale=64**-0.5, logit_softcap=None, attn_softcap=None, bos_id=None, eos_ids=(VOCAB - 1,),
+        embedding_scale=1.0, post_norms=False, attention_scale=64**-0.5, attn_softcap=None, bos_id=None, eos_ids=(VOCAB - 1,),
         name="tiny",
     )  # fmt: skip
     return TextConfig(**(fields | changes))

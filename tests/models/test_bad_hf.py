@@ -237,6 +237,8 @@ BAD: dict[str, tuple[Change, str]] = {
         config(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}), "high_freq_factor: 1.0",
     ),
     "another activation": (config(hidden_act="relu"), "hidden_act: 'relu'"),
+    "capped logits": (config(final_logit_softcapping=30.0), "final_logit_softcapping: 30.0"),
+    "capped attention": (config(attn_logit_softcapping=50.0), "attn_logit_softcapping: 50.0"),
     "attention with bias": (config(attention_bias=True), "attention_bias: True"),
     "quantised by another library": (config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     "end token beyond the vocabulary": (config(eos_token_id=2**20), "begin or end token: 1048576"),

@@ -80,7 +80,6 @@ class TextConfig:
     embedding_scale: float
     post_norms: bool
     attention_scale: float
-    logit_softcap: float | None
     attn_softcap: float | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
@@ -265,6 +264,8 @@ def config_from_gguf(file: GgufFile) -> TextConfig:
     prefix = architecture + "."
     keys = _Fields(file.path, prefix, {key[len(prefix) :]: metadata[key] for key in metadata if key.startswith(prefix)})
     keys.must_be("expert_count", 0, "mixtures of experts are not built here")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        keys.must_be(name, None, "none of these architectures caps its logits")
     gemma = architecture == "gemma3"
     hidden = keys.integer("embedding_length", 1, MAX_HIDDEN)
     num_layers = keys.integer("block_count", 1, MAX_LAYERS)
@@ -294,8 +295,7 @@ def config_from_gguf(file: GgufFile) -> TextConfig:
         sliding_window=window, sliding_layers=sliding, tie_word_embeddings="output.weight" not in file.tensors,
         qkv_bias="blk.0.attn_q.bias" in file.tensors, qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         activation="gelu_tanh" if gemma else "silu", embedding_scale=math.sqrt(hidden) if gemma else 1.0, post_norms=gemma,
-        attention_scale=query_width**-0.5, logit_softcap=keys.optional_number("final_logit_softcapping", 1e-3, 1e6),
-        attn_softcap=keys.optional_number("attn_logit_softcapping", 1e-3, 1e6),
+        attention_scale=query_width**-0.5, attn_softcap=None,
         bos_id=general.optional_integer("tokenizer.ggml.bos_token_id", 0, MAX_VOCAB), eos_ids=gguf_eos_ids(file),
         name=general.text("general.name", file.path.stem),
     ))  # fmt: skip
@@ -371,6 +371,8 @@ def _hf_unsupported(keys: _Fields) -> None:
     for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         keys.must_be(name, False, "this form of the architecture is not built here")
     keys.must_be("partial_rotary_factor", 1.0, "rotary embedding of whole heads")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        keys.must_be(name, None, "none of these architectures caps its logits")
     keys.must_be("quantization_config", None, "only f32, f16 and bf16 weights are read; quantised ones from GGUF")
 
 
@@ -438,8 +440,7 @@ def config_from_hf(
         sliding_layers=sliding, tie_word_embeddings=keys.flag("tie_word_embeddings", gemma), qkv_bias=architecture == "qwen2",
         qk_norm=architecture in ("qwen3", "gemma3"), activation="gelu_tanh" if gemma else "silu",
         embedding_scale=math.sqrt(hidden) if gemma else 1.0, post_norms=gemma, attention_scale=query_width**-0.5,
-        logit_softcap=keys.optional_number("final_logit_softcapping", 1e-3, 1e6) if gemma else None,
-        attn_softcap=keys.optional_number("attn_logit_softcapping", 1e-3, 1e6) if gemma else None,
+        attn_softcap=None,
         bos_id=bos[0] if bos else None, eos_ids=tuple(dict.fromkeys(ends)), name=keys.text("_name_or_path", ""),
     ))  # fmt: skip
 
