@@ -505,6 +505,7 @@ register(
     bench_cases=lambda make: iter([Case("1024", _keys(make, 1024))]),
     cost=lambda seed, lineage, pos, purpose=0, index=0: Cost(bytes=28 * seed.numel(), flops=80 * seed.numel()),
     bound="compute",
+    kernels=("noise",),
     source="Philox4x32-10, Salmon et al., SC 2011",
 )  # fmt: skip
 
@@ -519,6 +520,7 @@ register(
     bench_cases=lambda make: iter([Case("49152", (*_keys(make, 1), 49152))]),
     cost=lambda seed, lineage, pos, num_tokens, purpose=0: Cost(bytes=8 * seed.numel() * num_tokens, flops=60 * seed.numel() * num_tokens),
     bound="compute",
+    kernels=("noise",),
     source="Philox4x32-10, Salmon et al., SC 2011",
 )  # fmt: skip
 
