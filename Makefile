@@ -2,7 +2,8 @@
 #   make demo    a small real model generates, plainly and with lossless speculation
 #   make test    every test
 # Both make .venv and install what they need there; the second time they start at once.
-# Other targets: build, format, lint, sanitize, wheel, bench, clean. PYTHON=python3.12 chooses the interpreter of .venv.
+#   make gpu     on a machine with a GPU: its kernels built, tested, sanitized and timed (docs/cuda.md)
+# Other targets: build, cuda, format, lint, sanitize, wheel, bench, clean. PYTHON=python3.12 chooses the interpreter of .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -12,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 # A waiting OpenMP thread that spins takes the core from the one it waits for as soon as anything else runs on the machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test build format lint sanitize wheel bench clean
+.PHONY: demo test build cuda gpu format lint sanitize wheel bench clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -26,6 +27,15 @@ build: $(VENV)/.package
 	cmake -G Ninja -S . -B build -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(BIN)/python >build/configure.log \
 	  || { cat build/configure.log; exit 1; }
 	cmake --build build -j $(JOBS)
+
+# The CUDA kernels: python/stretto/_cuda.so, and build/cuda-report.txt with each kernel's registers. A spill is an error.
+# CUDA_ARCHS=90a-real builds for one GPU only, in a third of the time.
+cuda: $(VENV)/.package
+	mkdir -p build-cuda
+	cmake -G Ninja -S . -B build-cuda -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(BIN)/python -DSTRETTO_CUDA=ON -DSTRETTO_CUDA_SHIM=OFF \
+	  $(if $(CUDA_ARCHS),-DCMAKE_CUDA_ARCHITECTURES="$(CUDA_ARCHS)") >build-cuda/configure.log || { cat build-cuda/configure.log; exit 1; }
+	cmake --build build-cuda --target _cuda -j $(JOBS)
+	python tests/cuda_shim/report.py build-cuda build/cuda-report.txt
 
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stretto needs Python 3.10 or newer; try make PYTHON=python3.12")'
@@ -54,7 +64,7 @@ $(VENV)/.lint: $(VENV)/.package
 	$(PIP) ruff clang-format
 	touch $@
 
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 
 format: $(VENV)/.lint
 	ruff check --fix-only --quiet .
@@ -77,4 +87,4 @@ bench: build $(VENV)/.test
 	stretto bench ops
 
 clean:
-	rm -rf build build-asan dist $(VENV) python/stretto/_C*.so
+	rm -rf build build-asan build-cuda dist $(VENV) python/stretto/_C*.so python/stretto/_cuda.so

@@ -1,7 +1,7 @@
 """Builds stretto._C with CMake and ninja. torch is not needed: the module reads tensors through DLPack's exchange table.
 
 Environment: MAX_JOBS (compiler processes), STRETTO_BUILD_TYPE (Release), STRETTO_SKIP_BUILD=1 (editable installation whose
-module `make build` compiles).
+module `make build` compiles), STRETTO_CUDA (AUTO: CUDA kernels where nvcc is found; ON, OFF), CUDAARCHS (as CMake knows it).
 """
 
 import os
@@ -37,6 +37,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSTRETTO_OUTPUT_DIR={output}",
+            f"-DSTRETTO_CUDA={os.environ.get('STRETTO_CUDA', 'AUTO')}",
+            f"-DSTRETTO_CUDA_SHIM={'ON' if self.editable_mode else 'OFF'}",
         ]  # fmt: skip
         jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
         subprocess.run(configure, check=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import stretto
+import torch
 from stretto.ops import _backend
 
 from tests.subproc import PYTHON_DIR, python
@@ -151,3 +152,28 @@ def test_metadata_agrees():
     assert f'version = "{stretto.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## [{stretto.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     assert (PYTHON_DIR / "stretto" / "py.typed").exists()
+
+
+def test_cuda_library_links_neither_python_nor_torch_and_loads_without_a_driver():
+    if not _backend.CUDA_LIBRARY.exists():
+        pytest.skip("the CUDA kernels are not built (make cuda)")
+    linked = subprocess.run(["ldd", str(_backend.CUDA_LIBRARY)], capture_output=True, text=True, check=True).stdout
+    assert "libstdc++" in linked
+    for library in ("python", "torch", "c10", "libcuda"):
+        assert library not in linked
+    names, reason = _backend.cuda_kernels()
+    assert "rms_norm" in names
+    assert reason == ""
+    assert _backend._no_kernel("norm.no_such_op", torch.device("cuda")) == "no CUDA kernel for norm.no_such_op"
+    assert _backend._no_kernel("sampling.argmax", torch.device("meta")) == "no kernels for meta"
+
+
+def test_without_the_cuda_library_the_reason_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(_backend, "CUDA_LIBRARY", tmp_path / "_cuda.so")
+    _backend.cuda_kernels.cache_clear()
+    assert "no CUDA kernels in this build" in _backend._no_kernel("rms_norm", torch.device("cuda"))
+    (tmp_path / "_cuda.so").write_bytes(b"not a library")
+    _backend.cuda_kernels.cache_clear()
+    if _backend._C is not None:
+        assert "could not be loaded" in _backend._no_kernel("rms_norm", torch.device("cuda"))
+    _backend.cuda_kernels.cache_clear()

@@ -8,8 +8,8 @@ namespace {
 constexpr const char* kOp = "attention.paged";
 
 void require_ints(const TensorView& t, const char* argument, DType dtype, int ndim) {
-  require(t.dtype == dtype && t.ndim == ndim && t.contiguous() && !t.cuda, kOp, argument,
-          std::string("expected contiguous ") + dtype_name(dtype) + " of " + std::to_string(ndim) + " dimensions on CPU");
+  require(t.dtype == dtype && t.ndim == ndim && t.contiguous(), kOp, argument,
+          std::string("expected contiguous ") + dtype_name(dtype) + " of " + std::to_string(ndim) + " dimensions");
 }
 
 // Values that Python would have to copy out to see. One pass over R numbers and the page ids in use.
@@ -40,7 +40,7 @@ void require_values(const PagedAttentionParams& p) {
 void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, TensorView table, TensorView cu_q, TensorView cached, float scale,
                      int64_t window, float softcap, OptionalTensor mask, OptionalTensor mask_start, OptionalTensor k_scales, OptionalTensor v_scales,
                      TensorView out, OptionalTensor num_seqs) {
-  require(q.ndim == 3 && q.dtype == DType::f32 && q.contiguous_from(2) && !q.cuda, kOp, "q",
+  require(q.ndim == 3 && q.dtype == DType::f32 && q.contiguous_from(2), kOp, "q",
           "expected float32 [rows, heads, head_dim] with adjacent elements");
   require(k_pages.ndim == 4 && k_pages.contiguous() && v_pages.contiguous() && v_pages.ndim == 4, kOp, "k_pages, v_pages",
           "expected contiguous pages");
@@ -95,8 +95,8 @@ void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, Tenso
                                .scale = scale,
                                .softcap = softcap,
                                .dtype = k_pages.dtype};
-  require_values(p);
-  launch("paged_attention", paged_attention_cpu, p);
+  if (!q.cuda) require_values(p);
+  launch("paged_attention", paged_attention_cpu, p, q);
 }
 
 }  // namespace

@@ -29,16 +29,28 @@ TensorView view_of(py::handle tensor);
 // The same for a look only: false (perhaps with a Python error set) instead of an exception, and nothing is kept alive.
 bool borrow_tensor(py::handle tensor, DLTensor& dl);
 
+// torch's current stream of the tensor's CUDA device.
+void* current_stream(const TensorView& where);
+
 using OptionalTensor = std::optional<TensorView>;
 inline void* data_or_null(const OptionalTensor& t) { return t ? t->data() : nullptr; }
 template <class T> T* data_or_null(const OptionalTensor& t) { return t ? t->data<T>() : nullptr; }
 
-// Runs a kernel now, and notes it when this thread records a step. The interpreter lock is released while it runs.
-template <class P> void launch(const char* name, void (*kernel)(const P&), const P& params) {
+// Kernels of loaded libraries (common/kernel_table.h); csrc/bind/kernels.cpp.
+bool routed(const char* name, const TensorView& where);  // to a library: tensors on a CUDA device, or the tests' shim is switched on
+void launch_routed(const char* name, const void* params, size_t params_bytes, const TensorView& where);
+
+// Runs a kernel now: the library's where the tensors are on a CUDA device (on torch's current stream), else the CPU's, which is also noted when
+// this thread records a step. `where` is any of the op's tensors: they share a device. The interpreter lock is released while it runs.
+template <class P> void launch(const char* name, void (*kernel)(const P&), const P& params, const TensorView& where) {
+  if (routed(name, where)) return launch_routed(name, &params, sizeof(P), where);
   if (Step* step = Step::recording()) step->add(name, kernel, params);
   py::gil_scoped_release nogil;
   kernel(params);
 }
+
+// For an op without a CUDA kernel: Python sends its CUDA tensors to the reference.
+template <class P> void launch(const char* name, void (*kernel)(const P&), const P& params) { launch(name, kernel, params, TensorView{}); }
 
 }  // namespace stretto
 

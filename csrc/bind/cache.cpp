@@ -18,6 +18,7 @@ CacheMoveParams move_params(const char* op, const TensorView& k, const TensorVie
   require_tensor(src, op, "src", DType::i32, {-1});
   require_tensor(dst, op, "dst", DType::i32, {src.shape[0]});
   const int64_t limit = rows ? pages * page_size : pages;
+  if (!k.cuda)  // on CUDA such a pair is skipped
   for (const auto& [name, ids] : {std::pair{"src", src}, std::pair{"dst", dst}})
     for (int64_t i = 0; i < ids.shape[0]; ++i)
       require(ids.data<int32_t>()[i] >= -1 && ids.data<int32_t>()[i] < limit, op, name,
@@ -37,11 +38,11 @@ CacheMoveParams move_params(const char* op, const TensorView& k, const TensorVie
 }
 
 void copy_pages(TensorView k, TensorView v, TensorView src, TensorView dst, OptionalTensor k_scales, OptionalTensor v_scales) {
-  launch("copy_pages", copy_pages_cpu, move_params("copy_pages", k, v, src, dst, k_scales, v_scales, false));
+  launch("copy_pages", copy_pages_cpu, move_params("copy_pages", k, v, src, dst, k_scales, v_scales, false), k);
 }
 
 void move_rows(TensorView k, TensorView v, TensorView src, TensorView dst, OptionalTensor k_scales, OptionalTensor v_scales) {
-  launch("move_rows", move_rows_cpu, move_params("move_rows", k, v, src, dst, k_scales, v_scales, true));
+  launch("move_rows", move_rows_cpu, move_params("move_rows", k, v, src, dst, k_scales, v_scales, true), k);
 }
 
 }  // namespace

@@ -119,6 +119,7 @@ TensorView view_of(py::handle tensor) {
   v.ndim = dl.ndim;
   v.cuda = dl.device.device_type == kDLCUDA;
   if (!v.cuda && dl.device.device_type != kDLCPU) throw py::type_error("tensor: on a device other than CPU or CUDA");
+  v.device = dl.device.device_id;
   v.ptr = static_cast<char*>(dl.data) + dl.byte_offset;
   int64_t dense = 1;
   for (int i = dl.ndim - 1; i >= 0; --i) {
@@ -129,6 +130,12 @@ TensorView view_of(py::handle tensor) {
   if (!dl.data && v.numel() != 0) throw py::type_error("tensor: no storage (a meta or fake tensor), expected real data");
   if (keep_alive) keep_alive->push_back(py::reinterpret_borrow<py::object>(tensor));
   return v;
+}
+
+void* current_stream(const TensorView& where) {
+  void* stream = nullptr;
+  if (exchange_api->current_work_stream(kDLCUDA, where.device, &stream) != 0) throw py::error_already_set();
+  return stream;
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -24,7 +24,8 @@ static void rms_norm(TensorView x, TensorView weight, float eps, OptionalTensor 
                        .residual_stride = residual ? residual->strides[0] : 0,
                        .out_stride = out.strides[0],
                        .eps = eps,
-                       .dtype = x.dtype});
+                       .dtype = x.dtype},
+         x);
 }
 
 static void gather_rows(TensorView x, TensorView rows, TensorView out, OptionalTensor num_rows) {
@@ -41,11 +42,11 @@ static void gather_rows(TensorView x, TensorView rows, TensorView out, OptionalT
                            .width = x.shape[1],
                            .x_stride = x.strides[0],
                            .out_stride = out.strides[0]};
-  const int64_t used = p.num_rows && *p.num_rows < p.count ? *p.num_rows : p.count;
+  const int64_t used = x.cuda ? 0 : p.num_rows && *p.num_rows < p.count ? *p.num_rows : p.count;  // on CUDA a bad row becomes zeros
   for (int64_t i = 0; i < used; ++i)
     require(p.rows[i] >= 0 && p.rows[i] < p.num_x, "norm.gather_rows", "rows",
             std::to_string(p.rows[i]) + " at " + std::to_string(i) + ", expected 0.." + std::to_string(p.num_x - 1));
-  launch("gather_rows", gather_rows_cpu, p);
+  launch("gather_rows", gather_rows_cpu, p, x);
 }
 
 STRETTO_BIND(norm) {

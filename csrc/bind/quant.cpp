@@ -16,7 +16,7 @@ static WeightFormat format_of(const char* op, const std::string& name) {
 }
 
 static void require_rows(const TensorView& t, const char* op, const char* argument, int64_t rows, int64_t columns) {
-  require(t.dtype == DType::f32 && t.ndim == 2 && t.contiguous_from(1) && !t.cuda && t.shape[0] == rows && t.shape[1] == columns, op, argument,
+  require(t.dtype == DType::f32 && t.ndim == 2 && t.contiguous_from(1) && t.shape[0] == rows && t.shape[1] == columns, op, argument,
           "expected float32 rows of contiguous elements, [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
 }
 
@@ -55,7 +55,8 @@ static void linear(TensorView x, TensorView packed, const std::string& format_na
                       .residual_stride = residual ? residual->strides[0] : 0,
                       .out_stride = out.strides[0],
                       .format = format,
-                      .gate = static_cast<Gate>(gate)});
+                      .gate = static_cast<Gate>(gate)},
+         x);
 }
 
 static void embedding(TensorView ids, TensorView packed, const std::string& format_name, int64_t n, float scale, TensorView out,
@@ -75,7 +76,8 @@ static void embedding(TensorView ids, TensorView packed, const std::string& form
                          .k = out.shape[1],
                          .out_stride = out.strides[0],
                          .scale = scale,
-                         .format = format});
+                         .format = format},
+         ids);
 }
 
 // Matrices under one another, or two taking turns by groups of 16 rows.

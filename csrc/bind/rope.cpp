@@ -15,7 +15,7 @@ void rope_append(TensorView qkv, TensorView positions, TensorView slots, TensorV
   require(k_pages.shape[1] == kv_heads && v_pages.shape[0] == pages && v_pages.shape[1] == kv_heads && v_pages.shape[2] == page_size &&
               v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype,
           kOp, "v_pages", "does not match k_pages and num_kv_heads");
-  require(qkv.ndim == 2 && qkv.dtype == DType::f32 && qkv.contiguous_from(1) && !qkv.cuda && qkv.shape[1] == (heads + 2 * kv_heads) * head_dim, kOp,
+  require(qkv.ndim == 2 && qkv.dtype == DType::f32 && qkv.contiguous_from(1) && qkv.shape[1] == (heads + 2 * kv_heads) * head_dim, kOp,
           "qkv", "expected float32 [rows, (heads + 2 kv_heads) * head_dim] with contiguous rows");
   require_tensor(positions, kOp, "positions", DType::i32, {rows});
   require_tensor(slots, kOp, "slots", DType::i32, {rows});
@@ -51,14 +51,15 @@ void rope_append(TensorView qkv, TensorView positions, TensorView slots, TensorV
                            .norm_eps = norm_eps,
                            .interleaved = interleaved,
                            .dtype = k_pages.dtype};
-  const int64_t used = p.num_rows && *p.num_rows < rows ? *p.num_rows : rows;
+  // On CUDA a slot out of range writes nothing, and a position out of range takes the nearest.
+  const int64_t used = qkv.cuda ? 0 : p.num_rows && *p.num_rows < rows ? *p.num_rows : rows;
   for (int64_t i = 0; i < used; ++i) {
     require(p.positions[i] >= 0 && p.positions[i] < p.max_positions, kOp, "positions",
             std::to_string(p.positions[i]) + " in row " + std::to_string(i) + ", expected 0.." + std::to_string(p.max_positions - 1));
     require(p.slots[i] >= -1 && p.slots[i] < pages * page_size, kOp, "slots",
             std::to_string(p.slots[i]) + " in row " + std::to_string(i) + ", expected -1.." + std::to_string(pages * page_size - 1));
   }
-  launch("rope_append", rope_append_cpu, p);
+  launch("rope_append", rope_append_cpu, p, qkv);
 }
 
 }  // namespace

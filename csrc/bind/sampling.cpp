@@ -9,7 +9,7 @@ namespace stretto {
 namespace {
 
 void require_rows(const TensorView& t, const char* op, const char* argument) {
-  require(t.ndim == 2 && t.dtype == DType::f32 && t.contiguous_from(1) && !t.cuda, op, argument, "expected float32 rows of contiguous elements");
+  require(t.ndim == 2 && t.dtype == DType::f32 && t.contiguous_from(1), op, argument, "expected float32 rows of contiguous elements");
 }
 void require_vector(const OptionalTensor& t, const char* op, const char* argument, DType dtype, int64_t size) {
   if (t) require_tensor(*t, op, argument, dtype, {size});
@@ -33,7 +33,8 @@ void argmax(TensorView logits, TensorView out, OptionalTensor status, OptionalTe
                       .num_rows = data_or_null<int32_t>(num_rows),
                       .rows = logits.shape[0],
                       .width = logits.shape[1],
-                      .stride = logits.strides[0]});
+                      .stride = logits.strides[0]},
+         logits);
 }
 
 void warp(TensorView logits, TensorView temperature, TensorView top_k, TensorView top_p, TensorView min_p, TensorView out, OptionalTensor status,
@@ -62,7 +63,8 @@ void warp(TensorView logits, TensorView temperature, TensorView top_k, TensorVie
                     .rows = rows,
                     .width = width,
                     .logits_stride = logits.strides[0],
-                    .out_stride = out.strides[0]});
+                    .out_stride = out.strides[0]},
+         logits);
 }
 
 void draw(TensorView p, TensorView seed, TensorView lineage, TensorView pos, int purpose, bool gumbel, TensorView out, OptionalTensor num_rows) {
@@ -86,7 +88,8 @@ void draw(TensorView p, TensorView seed, TensorView lineage, TensorView pos, int
                     .width = p.shape[1],
                     .stride = p.strides[0],
                     .purpose = purpose_of(op, purpose),
-                    .gumbel = gumbel});
+                    .gumbel = gumbel},
+         p);
 }
 
 // width 0: out [rows] are uniforms; otherwise out [rows, width] is Gumbel noise.
@@ -108,7 +111,8 @@ void noise(TensorView seed, TensorView lineage, TensorView pos, int purpose, uin
                      .rows = rows,
                      .width = width,
                      .purpose = purpose_of(op, purpose),
-                     .index = index});
+                     .index = index},
+         seed);
 }
 
 void penalize(TensorView logits, TensorView history, OptionalTensor cu_history, TensorView repetition, TensorView presence, TensorView frequency,
@@ -143,7 +147,8 @@ void penalize(TensorView logits, TensorView history, OptionalTensor cu_history, 
                         .stride = logits.strides[0],
                         .history_width = cu_history ? 0 : history.shape[1],
                         .total_history = history.numel(),
-                        .total_bias = bias_ids ? bias_ids->shape[0] : 0});
+                        .total_bias = bias_ids ? bias_ids->shape[0] : 0},
+         logits);
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ void ancestor_mask(TensorView parent, TensorView n, TensorView mask, TensorView 
                             .depth = depth.data<int32_t>(),
                             .batch = batch,
                             .nodes = nodes,
-                            .words = words});
+                            .words = words},
+         parent);
 }
 
 void walk(TensorView next, TensorView tokens, TensorView parent, TensorView n, TensorView path, TensorView accepted, TensorView bonus) {
@@ -45,11 +46,12 @@ void walk(TensorView next, TensorView tokens, TensorView parent, TensorView n, T
                     .accepted = accepted.data<int32_t>(),
                     .bonus = bonus.data<int32_t>(),
                     .batch = batch,
-                    .nodes = nodes});
+                    .nodes = nodes},
+         next);
 }
 
 void require_laws(const TensorView& t, const char* op, const char* argument, int64_t batch, int64_t nodes, int64_t vocab) {
-  require(t.dtype == DType::f32 && t.ndim == 3 && !t.cuda && t.shape[0] == batch && t.shape[1] == nodes && t.shape[2] == vocab && t.contiguous(), op,
+  require(t.dtype == DType::f32 && t.ndim == 3 && t.shape[0] == batch && t.shape[1] == nodes && t.shape[2] == vocab && t.contiguous(), op,
           argument, "expected contiguous float32 [batch, nodes, vocab]");
 }
 
@@ -80,7 +82,8 @@ void verify(TensorView p, TensorView q, TensorView tokens, TensorView parent, Te
                       .batch = batch,
                       .nodes = nodes,
                       .vocab = vocab,
-                      .replacement = replacement});
+                      .replacement = replacement},
+         p);
 }
 
 void select_top(TensorView scores, TensorView parent, TensorView out) {
@@ -96,7 +99,8 @@ void select_top(TensorView scores, TensorView parent, TensorView out) {
                          .out = out.data<int32_t>(),
                          .batch = batch,
                          .candidates = candidates,
-                         .keep = out.shape[1]});
+                         .keep = out.shape[1]},
+         scores);
 }
 
 }  // namespace

@@ -2,6 +2,13 @@
 #pragma once
 #include <cstdint>
 
+// Code that kernels share with *_cuda.cu: contracts, pure index arithmetic, the noise.
+#ifdef __CUDACC__
+#define STRETTO_HD __host__ __device__
+#else
+#define STRETTO_HD
+#endif
+
 namespace stretto {
 
 enum class DType : int32_t { f32, f16, bf16, f64, i8, u8, i32, i64, u64, boolean };
@@ -9,7 +16,7 @@ enum class DType : int32_t { f32, f16, bf16, f64, i8, u8, i32, i64, u64, boolean
 struct half_t { uint16_t bits; };      // IEEE binary16
 struct bfloat16_t { uint16_t bits; };  // upper half of binary32
 
-inline int64_t dtype_bytes(DType t) {
+STRETTO_HD inline int64_t dtype_bytes(DType t) {
   switch (t) {
     case DType::f64:
     case DType::i64:

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace stretto {
 
 enum class Purpose : uint32_t { token = 0, accept = 1, draft = 2 };  // DESIGN 3.6; the same numbers in ops/sampling.py
@@ -13,7 +15,7 @@ inline constexpr uint32_t kMaxNoiseIndex = (1u << 28) - 1;
 // Everything here is static: these functions are compiled into every instruction set's objects and must not be shared by the linker.
 struct PhiloxBlock { uint32_t word[4]; };
 
-static inline PhiloxBlock philox4x32(PhiloxBlock c, uint32_t key0, uint32_t key1) {
+STRETTO_HD static inline PhiloxBlock philox4x32(PhiloxBlock c, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t(0xD2511F53u) * c.word[0], b = uint64_t(0xCD9E8D57u) * c.word[2];
     c = {{uint32_t(b >> 32) ^ c.word[1] ^ key0, uint32_t(b), uint32_t(a >> 32) ^ c.word[3] ^ key1, uint32_t(a)}};
@@ -23,20 +25,22 @@ static inline PhiloxBlock philox4x32(PhiloxBlock c, uint32_t key0, uint32_t key1
   return c;
 }
 
-static inline PhiloxBlock noise_block(int64_t seed, int64_t lineage, int32_t position, Purpose purpose, uint32_t index) {
+STRETTO_HD static inline PhiloxBlock noise_block(int64_t seed, int64_t lineage, int32_t position, Purpose purpose, uint32_t index) {
   const uint64_t s = static_cast<uint64_t>(seed), l = static_cast<uint64_t>(lineage);
   const uint32_t first = (static_cast<uint32_t>(purpose) << 28) | (index & kMaxNoiseIndex);
   return philox4x32({{first, static_cast<uint32_t>(position), uint32_t(l), uint32_t(l >> 32)}}, uint32_t(s), uint32_t(s >> 32));
 }
 
 // A multiple of 2^-53 in [0, 1).
-static inline double uniform53(const PhiloxBlock& b) { return static_cast<double>(((uint64_t(b.word[1]) << 32) | b.word[0]) >> 11) * 0x1p-53; }
+STRETTO_HD static inline double uniform53(const PhiloxBlock& b) {
+  return static_cast<double>(((uint64_t(b.word[1]) << 32) | b.word[0]) >> 11) * 0x1p-53;
+}
 
 // In (0, 1), never an end: its logarithm is finite and negative.
-static inline double uniform_open(uint32_t word) { return (static_cast<double>(word) + 0.5) * 0x1p-32; }
+STRETTO_HD static inline double uniform_open(uint32_t word) { return (static_cast<double>(word) + 0.5) * 0x1p-32; }
 
 // Noise of one vocabulary entry: four entries share a block.
-static inline uint32_t token_word(int64_t seed, int64_t lineage, int32_t position, Purpose purpose, int64_t token) {
+STRETTO_HD static inline uint32_t token_word(int64_t seed, int64_t lineage, int32_t position, Purpose purpose, int64_t token) {
   return noise_block(seed, lineage, position, purpose, static_cast<uint32_t>(token / 4)).word[token % 4];
 }
 

@@ -13,6 +13,7 @@ struct TensorView {
   DType dtype = DType::f32;
   int ndim = 0;
   bool cuda = false;
+  int device = 0;  // index among CUDA devices
   int64_t shape[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};  // in elements
 
@@ -41,7 +42,7 @@ inline void require(bool ok, const char* op, const char* argument, const std::st
   if (!ok) throw std::invalid_argument(std::string(op) + ": " + argument + ": " + problem);
 }
 
-// A dense tensor of this type and rank; -1 in `shape` is any size.
+// A dense tensor of this type and rank; -1 in `shape` is any size. That the tensors of a call share a device, Python's check_tensors has seen.
 inline void require_tensor(const TensorView& t, const char* op, const char* argument, DType dtype, std::initializer_list<int64_t> shape) {
   require(t.dtype == dtype, op, argument, std::string(dtype_name(t.dtype)) + ", expected " + dtype_name(dtype));
   require(t.ndim == static_cast<int>(shape.size()), op, argument, std::to_string(t.ndim) + " dimensions, expected " + std::to_string(shape.size()));
@@ -52,7 +53,6 @@ inline void require_tensor(const TensorView& t, const char* op, const char* argu
     ++i;
   }
   require(t.contiguous(), op, argument, "strided, expected contiguous");
-  require(!t.cuda, op, argument, "on a CUDA device, expected CPU");
 }
 
 }  // namespace stretto

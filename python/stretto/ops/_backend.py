@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -47,6 +49,37 @@ if _C is None:
     warnings.warn(f"stretto runs on its slow PyTorch reference path: {missing_reason}", RuntimeWarning, stacklevel=2)
 
 
+CUDA_LIBRARY = Path(__file__).parent.parent / "_cuda.so"
+
+KERNELS: dict[str, tuple[str, ...]] = {}
+"""The kernels each op of the table runs on, by its name there; filled by `table.register`."""
+
+
+@functools.cache
+def cuda_kernels() -> tuple[frozenset[str], str]:
+    """Names of the CUDA kernels of this build, or why there are none. Loaded at the first call: a plain import touches no driver."""
+    if _C is None:
+        return frozenset(), missing_reason
+    if not CUDA_LIBRARY.exists():
+        return frozenset(), "no CUDA kernels in this build (no nvcc was found when it was built; `make cuda` in a checkout builds them)"
+    try:
+        target, names = _C.load_kernels(str(CUDA_LIBRARY))
+    except RuntimeError as error:  # built for another system, or from other sources
+        return frozenset(), f"the CUDA kernels could not be loaded: {error}"
+    return (frozenset(names), "") if target == "cuda" else (frozenset(), f"{CUDA_LIBRARY.name} holds kernels for {target}")
+
+
+def _no_kernel(op: str, device: torch.device) -> str:
+    """Why `op` has no kernel for tensors on `device`; "" where it has."""
+    if device.type != "cuda":
+        return f"no kernels for {device.type}"
+    names, reason = cuda_kernels()
+    if reason:
+        return reason
+    key = op.replace(".", "_")
+    return "" if names.issuperset(KERNELS.get(key, (key,))) else f"no CUDA kernel for {op}"
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -68,9 +101,11 @@ def use_reference(op: str, *tensors: Tensor | None) -> bool:
     else:
         for t in tensors:
             if t is not None and not t.is_cpu:
-                reason = "no CUDA kernel in this build"
+                reason = _no_kernel(op, t.device)
                 break
         else:
+            return False
+        if not reason:
             return False
     if _strict.get():
         raise FallbackRefused(f"{op}: {reason}; strict=True forbids the PyTorch reference")

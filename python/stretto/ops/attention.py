@@ -74,7 +74,7 @@ def _paged(
         result = ref.attention.paged(q, k_pages, v_pages, table, cu_q, cached, scale, window, softcap, mask, mask_start, k_scales, v_scales)
         return result if out is None else out.copy_(result)
     if out is None:
-        out = torch.zeros(q.shape, dtype=torch.float32)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     _backend._C.paged_attention(  # type: ignore[union-attr]
         q if q.stride(-1) == 1 else q.contiguous(), k_pages, v_pages, table, cu_q, cached, scale, window or 0, softcap or 0.0, mask, mask_start,
         k_scales, v_scales, out, num_seqs,

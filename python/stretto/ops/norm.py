@@ -113,7 +113,7 @@ def _gather_rows(x: Tensor, rows: Tensor, *, out: Tensor | None = None, num_rows
         out[: len(used)] = result
         return out
     if out is None:
-        out = torch.empty(rows.shape[0], x.shape[1])
+        out = x.new_empty(rows.shape[0], x.shape[1])
     _backend._C.gather_rows(rows_contiguous(x), rows.contiguous(), out, num_rows)  # type: ignore[union-attr]
     return out
 

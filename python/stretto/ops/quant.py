@@ -221,7 +221,7 @@ def _embedding(
 ) -> Tensor:  # fmt: skip
     sizes = check_tensors("embedding", ids=(ids, "m", I32), packed=(packed, "_", U8), out=(out, f"m {k}", F32), num_rows=(num_rows, "1", I32))
     _check_packed("embedding", packed, format, n, k)
-    if out is None and num_rows is None and sizes["m"] > 0:
+    if out is None and num_rows is None and sizes["m"] > 0 and not ids.is_cuda:
         low, high = (int(v) for v in ids.aminmax())
         check(low >= 0 and high < n, f"embedding: ids: {low if low < 0 else high}, expected at least 0 and less than {n}")
     if _backend.use_reference("embedding", ids, packed):
@@ -232,7 +232,7 @@ def _embedding(
         out[:rows].copy_(result[:rows])
         return out
     if out is None:
-        out = torch.empty(sizes["m"], k)
+        out = torch.empty(sizes["m"], k, device=ids.device)
     else:
         check(k <= 1 or out.stride(1) == 1, f"embedding: out: strides {out.stride()}, expected adjacent elements in a row")
     _backend._C.embedding(ids.contiguous(), packed, format, n, scale, out, num_rows)  # type: ignore[union-attr]

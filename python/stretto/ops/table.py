@@ -73,6 +73,7 @@ class Op:
     tolerance: float
     peers: Mapping[str, Callable[..., Any]]
     source: str
+    kernels: tuple[str, ...]
 
 
 OPS: dict[str, Op] = {}
@@ -122,6 +123,7 @@ def register(
     tolerance: float = 2.0,
     peers: Mapping[str, Callable[..., Any]] | None = None,
     source: str = "",
+    kernels: tuple[str, ...] | None = None,
 ) -> None:
     """Create `torch.ops.stretto.<name>` and its row in OPS.
 
@@ -135,6 +137,7 @@ def register(
         cost: least bytes and FLOPs of a call, from the same arguments.
         tolerance: for float32 results, in multiples of the error that the reference itself makes in float32 (STYLE: at most 2), plus 2 ulps.
         peers: name -> callable with the same arguments, timed beside ours.
+        kernels: names that `_C` launches for this op; the op's own name without its family, if that is all.
     """
     name = schema.split("(", 1)[0]
     if name in OPS:
@@ -144,9 +147,11 @@ def register(
     torch.library.register_fake(f"stretto::{name}", fake, lib=_library)
     if "!" not in schema:  # an op that writes its arguments has no gradient
         torch.library.register_autograd(f"stretto::{name}", _backward(reference), setup_context=_keep_inputs, lib=_library)
+    family = function.__module__.rsplit(".", 1)[-1]
+    kernels = _backend.KERNELS[name] = kernels or (name.removeprefix(f"{family}_"),)
     OPS[name] = Op(
-        name, function.__module__.rsplit(".", 1)[-1], schema, function, reference, cases, bad_cases, bench_cases, cost, bound, tolerance,
-        dict(peers or {}), source,
+        name, family, schema, function, reference, cases, bad_cases, bench_cases, cost, bound, tolerance,
+        dict(peers or {}), source, kernels,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def _ancestor_mask(parent: Tensor, n: Tensor, *, mask: Tensor | None = None, dep
             out.copy_(value)
     else:
         _backend._C.ancestor_mask(parent.contiguous(), n.contiguous(), mask, depth)  # type: ignore[union-attr]
-    if not given and sizes["N"] and bool((depth[:, 0] < 0).any()):
+    if not given and sizes["N"] and not depth.is_cuda and bool((depth[:, 0] < 0).any()):
         _refuse(op, parent, n)
     return mask, depth
 
@@ -98,7 +98,7 @@ def _walk(
             out.copy_(value)
     else:
         _backend._C.walk(next.contiguous(), tokens.contiguous(), parent.contiguous(), n.contiguous(), path, accepted, bonus)  # type: ignore[union-attr]
-    if not given and bool((accepted < 0).any()):
+    if not given and not accepted.is_cuda and bool((accepted < 0).any()):
         _refuse(op, parent, n)
     return path, accepted, bonus
 
@@ -142,7 +142,7 @@ def _verify(
         path, accepted, bonus = torch.empty_like(tokens, memory_format=torch.contiguous_format), torch.empty_like(n), torch.empty_like(n)
         given = (t.contiguous() for t in (p, q, tokens, parent, n, seed, lineage, pos))
         _backend._C.verify(*given, replacement, path, accepted, bonus)  # type: ignore[union-attr]
-    if bool((accepted < 0).any()):
+    if not accepted.is_cuda and bool((accepted < 0).any()):
         _refuse(op, parent, n)
         b = int((accepted < 0).nonzero()[0])
         raise ValueError(f"{op}: q: no weight for a draft of sequence {b}, expected the law from which the children were drawn")
@@ -177,9 +177,9 @@ def _select_top(scores: Tensor, parent: Tensor, keep: int) -> Tensor:
     if _backend.use_reference(op, scores):
         out = ref.tree.select_top(scores, parent, keep)
     else:
-        out = torch.empty(sizes["B"], keep, dtype=torch.int32)
+        out = parent.new_empty(sizes["B"], keep)
         _backend._C.select_top(scores.contiguous(), parent.contiguous(), out)  # type: ignore[union-attr]
-    if bool((out[:, 0] < 0).any()):
+    if not out.is_cuda and bool((out[:, 0] < 0).any()):
         for b, row in enumerate(parent.tolist()):
             check(row[0] == -1, f"{op}: parent: {row[0]} at candidate 0 of sequence {b}, expected -1")
             for i, above in enumerate(row):
