@@ -1,4 +1,4 @@
-"""Reference of paged attention."""
+"""References of the attention family."""
 
 from __future__ import annotations
 
@@ -40,3 +40,14 @@ def paged(
                 scores = softcap * torch.tanh(scores / softcap)
             out[start + row] = torch.einsum("hk,khd->hd", scores.softmax(-1), v)
     return out
+
+
+def merge_states(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two results over disjoint keys as one; see ops.attention.merge_states."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)
+    out = torch.zeros(a.shape, dtype=lse.dtype)
+    for x, l in ((a, lse_a), (b, lse_b)):
+        weight = (l - shift).exp()[..., None]
+        out = out + torch.where(weight == 0, torch.zeros_like(out), weight * x.to(lse.dtype))
+    return out.to(a.dtype), lse
