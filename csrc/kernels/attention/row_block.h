@@ -163,7 +163,8 @@ template <class T> class RowBlock {
     return mul(broadcast(softcap), sub(one, div(two, add(exp(mul(x, broadcast(2.f / softcap))), one))));
   }
 
-  int tile_of_count() const { return num_tiles; }
+  // Bits of the sixteen keys from j, a multiple of 16, on.
+  static uint32_t lanes_of(const SeenKeys& s, int j) { return static_cast<uint32_t>(s.word[j / kChunk] >> (j % kChunk)) & 0xffff; }
   // Rows are shared out evenly over tiles: 8 rows are 4 + 4, not 6 + 2.
   int tile_begin(int t) const {
     const int each = rows / num_tiles, more = rows % num_tiles;
@@ -179,7 +180,6 @@ template <class T> class RowBlock {
   SeenKeys tile_seen[kMaxRows], same[kMaxRows];  // by tile: keys some row sees, and keys of which all rows think alike
 
   static int64_t padded(int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
-  static uint32_t lanes_of(const SeenKeys& s, int j) { return static_cast<uint32_t>(s.word[j / kChunk] >> (j % kChunk)) & 0xffff; }
   Part part(float* acc, float* ml, int r) const { return {ml[2 * r], ml[2 * r + 1], acc + r * wide}; }
 
   void widen_row(const T* from, float* to) const {

@@ -78,18 +78,85 @@ def dense_sees(rows: int, keys: int, causal: bool, window: int | None) -> Tensor
     return (sees if window is None else sees & (away.abs() < window))[None, None]
 
 
+def packed_sees(rows: int, keys: int, causal: bool, window: int | None, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+    """[1, 1, rows, keys]: what packed sequences let each query see."""
+    sees = torch.zeros(1, 1, rows, keys, dtype=torch.bool)
+    for s in range(len(cu_q) - 1):
+        q, k = slice(int(cu_q[s]), int(cu_q[s + 1])), slice(int(cu_k[s]), int(cu_k[s + 1]))
+        sees[..., q, k] = dense_sees(q.stop - q.start, k.stop - k.start, causal, window)
+    return sees
+
+
 def dense(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False, window: int | None = None,
     softcap: float | None = None, cu_q: Tensor | None = None, cu_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale q K^T) V; see ops.attention.dense."""
-    if cu_q is None or cu_k is None:
-        return masked(q, k, v, dense_sees(q.shape[1], k.shape[1], causal, window), scale, softcap)
-    sequence_q, sequence_k = (
-        torch.bucketize(torch.arange(n), cu.long(), right=True).masked_fill(torch.arange(n) >= cu[-1], 0) for n, cu in ((q.shape[1], cu_q), (k.shape[1], cu_k))
-    )
-    sees = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
-    for s in range(1, len(cu_q)):
-        (rows,), (keys,) = (sequence_q == s).nonzero(as_tuple=True), (sequence_k == s).nonzero(as_tuple=True)
-        sees[rows[:, None], keys] = dense_sees(len(rows), len(keys), causal, window)[0, 0]
-    return masked(q, k, v, sees[None, None], scale, softcap)
+    rows, keys = q.shape[1], k.shape[1]
+    sees = dense_sees(rows, keys, causal, window) if cu_q is None or cu_k is None else packed_sees(rows, keys, causal, window, cu_q, cu_k)
+    return masked(q, k, v, sees, scale, softcap)
+
+
+def lists_sees(
+    interval_ptr: Tensor, intervals: Tensor, column_ptr: Tensor, columns: Tensor, block: int, rows: int, keys: int, causal: bool
+) -> Tensor:
+    """[list batch, list heads, rows, keys]: what lists of keys let each query see; see ops.attention.sparse_prefill."""
+    batch, heads, pointers = interval_ptr.shape
+    sees = torch.zeros(batch, heads, rows, keys, dtype=torch.bool)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(pointers - 1):
+                some = sees[b, h, i * block : (i + 1) * block]
+                for begin, end in intervals[int(interval_ptr[b, h, i]) : int(interval_ptr[b, h, i + 1])].tolist():
+                    some[:, begin:end] = True
+                some[:, columns[int(column_ptr[b, h, i]) : int(column_ptr[b, h, i + 1])].long()] = True
+    return sees & dense_sees(rows, keys, causal, None)
+
+
+def sparse_prefill(
+    q: Tensor, k: Tensor, v: Tensor, interval_ptr: Tensor, intervals: Tensor, column_ptr: Tensor, columns: Tensor, block: int = 64,
+    scale: float | None = None, causal: bool = True, softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over each block's list of keys, as a mask; see ops.attention.sparse_prefill."""
+    sees = lists_sees(interval_ptr, intervals, column_ptr, columns, block, q.shape[1], k.shape[1], causal)
+    return masked(q, k, v, sees, scale, softcap)
+
+
+def lines_seen(verticals: Tensor, slashes: Tensor, rows: int, keys: int, block: int) -> Tensor:
+    """[batch, heads, blocks, keys]: keys on vertical lines and in the shadow of a block along slashes; see ops.attention.lines_to_lists."""
+    blocks = -(-rows // block)
+    sees = torch.zeros(*verticals.shape[:2], blocks, keys, dtype=torch.bool)
+    for b in range(verticals.shape[0]):
+        for h in range(verticals.shape[1]):
+            for i in range(blocks):
+                first, last = i * block + keys - rows, min((i + 1) * block, rows) + keys - rows
+                for o in slashes[b, h].tolist():
+                    sees[b, h, i, max(first - o, 0) : max(last - o, 0)] = True
+                sees[b, h, i, verticals[b, h][verticals[b, h] < last].long()] = True
+    return sees
+
+
+def weights(q: Tensor, k: Tensor, lse: Tensor, sees: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    """[batch, heads, rows, keys]: the attention weights, from the lse of each query."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wk = k.to(wide).repeat_interleave(q.shape[2] // k.shape[2], 2)
+    scores = (q.shape[3] ** -0.5 if scale is None else scale) * torch.einsum("bqhd,bkhd->bhqk", q.to(wide), wk)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    shift = lse.to(wide).transpose(1, 2)[..., None]
+    return (scores - shift.masked_fill(shift == -torch.inf, 0.0)).exp().masked_fill(~sees, 0.0)
+
+
+def sums(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None, causal: bool = False, window: int | None = None, softcap: float | None = None,
+    cu_q: Tensor | None = None, cu_k: Tensor | None = None, diagonals: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums of the attention weights by key, and by key position less query position; see ops.attention.sums."""
+    rows, keys = q.shape[1], k.shape[1]
+    sees = dense_sees(rows, keys, causal, window) if cu_q is None or cu_k is None else packed_sees(rows, keys, causal, window, cu_q, cu_k)
+    a = weights(q, k, lse, sees, scale, softcap)
+    by_diagonal = a.new_zeros(*a.shape[:2], max(rows + keys - 1, 0) if diagonals else 0)
+    if diagonals:
+        index = torch.arange(keys) - torch.arange(rows)[:, None] + rows - 1
+        by_diagonal = by_diagonal.scatter_add(2, index.reshape(1, 1, -1).expand(*a.shape[:2], -1), a.flatten(2))
+    return a.sum(2), by_diagonal
