@@ -252,8 +252,8 @@ def _cost(
 
 def _bench_cases(make: Make) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = make_qkv(make, 1, 4096, 4096, 28, 4, 128, dtype)
-        yield Case(f"Qwen2.5-7B-1M 4096 vertical-slash {dtype}", (q, k, v, *vertical_slash_index(q, k, 100, 150)))
+        q, k, v = make_qkv(make, 1, 4096, 4096, 7, 1, 128, dtype)  # a quarter of the heads: the peers' masks fit memory
+        yield Case(f"Qwen2.5-7B-1M 4096 vertical-slash {dtype}", (q, k, v, *vertical_slash_index(q, k, 150, 110)))
         q, k, v = make_qkv(make, 1, 4096, 4096, 9, 3, 64, dtype)
         blocks = torch.arange(64)
         near = (blocks[:, None] - blocks).abs() < 4  # 256 keys back, and four sinks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,17 +61,20 @@ def masked(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scale: float | None = 
     Returns (out, lse [batch, rows, heads]); a row that sees nothing gives zeros and -inf, and values it does not see do not reach it.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group, keys = q.shape[2] // k.shape[2], k.shape[1]
-    wk, wv = (x.to(wide).repeat_interleave(group, 2) for x in (k, v))
-    scores = (q.shape[3] ** -0.5 if scale is None else scale) * torch.einsum("bqhd,bkhd->bhqk", q.to(wide), wk)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~sees, -torch.inf)
-    lse = scores.logsumexp(-1) if keys else scores.new_full(scores.shape[:3], -torch.inf)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    out = torch.einsum("bhqk,bkhd->bqhd", weights, wv)
-    return out.to(q.dtype), lse.transpose(1, 2).to(torch.float64 if wide == torch.float64 else torch.float32).contiguous()
-
+    group = q.shape[2] // k.shape[2]
+    out, lse = [], []
+    for h in range(q.shape[2]):  # head by head: the matrix of one is large enough
+        wq, wk, wv = q[:, :, h].to(wide), k[:, :, h // group].to(wide), v[:, :, h // group].to(wide)
+        scores = (q.shape[3] ** -0.5 if scale is None else scale) * wq @ wk.transpose(1, 2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~sees[:, h if sees.shape[1] > 1 else 0], -torch.inf)
+        total = scores.logsumexp(-1) if k.shape[1] else scores.new_full(scores.shape[:2], -torch.inf)
+        out.append((scores - total.masked_fill(total == -torch.inf, 0.0)[..., None]).exp() @ wv)
+        lse.append(total)
+    if not out:
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wide)
+    return torch.stack(out, 2).to(q.dtype), torch.stack(lse, 2)
 
 def dense_sees(rows: int, keys: int, causal: bool, window: int | None) -> Tensor:
     """[1, 1, rows, keys]: what dense attention lets each query see."""
@@ -160,3 +165,51 @@ def sums(
         index = torch.arange(keys) - torch.arange(rows)[:, None] + rows - 1
         by_diagonal = by_diagonal.scatter_add(2, index.reshape(1, 1, -1).expand(*a.shape[:2], -1), a.flatten(2))
     return a.sum(2), by_diagonal
+
+
+def seen_along(queries: int, keys: int, window: int, stride: int, causal: bool) -> Tensor:
+    """[queries, keys]: what queries, the last of the keys, see along one axis of a grid; see ops.attention.attention3d."""
+    i, j = (torch.arange(queries) + keys - queries)[:, None], torch.arange(keys)
+    run = i // stride * stride
+    if causal:
+        return (j <= i) & ((run + stride - 1).clamp(max=keys - 1) - j < (window or keys + stride))
+    if window == 0:
+        return torch.ones(queries, keys, dtype=torch.bool)
+    after = window // 2 - 1 + window % 2
+    centre = (run + stride // 2).clamp(max=keys - 1).clamp(min=window // 2, max=keys - 1 - after)
+    return (j >= centre - window // 2) & (j <= centre + after)
+
+
+def grid_sees(grid: Sequence[int], key_frames: int, window: Sequence[int], stride: Sequence[int], causal: bool) -> Tensor:
+    """[rows, keys] over the flattened grid."""
+    t, h, w = (
+        seen_along(n, m, window[axis], stride[axis], causal and axis == 0)
+        for axis, (n, m) in enumerate(zip(grid, (key_frames, grid[1], grid[2]), strict=True))
+    )
+    sees = t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None, :]
+    return sees.reshape(grid[0] * grid[1] * grid[2], key_frames * grid[1] * grid[2])
+
+
+def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
+    """x [batch, rows, heads, dim] with its pairs (2 i, 2 i + 1) turned by table [rows, dim]: cosines, then sines."""
+    cosine, sine = table.to(x.dtype)[:, None].chunk(2, -1)
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cosine - b * sine, b * cosine + a * sine], -1).flatten(-2)
+
+
+def attention3d(
+    q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], window: Sequence[int] | None = None, stride: Sequence[int] = (1, 1, 1),
+    causal: bool = False, scale: float | None = None, softcap: float | None = None, frames: Tensor | None = None, rope: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over a grid of tokens, as a mask; see ops.attention.attention3d."""
+    place = grid[1] * grid[2]
+    if frames is not None:  # the pool's frames, entry by entry, in time order
+        k, v = (x[0].unflatten(0, (-1, place))[frames.long()].flatten(1, 2) for x in (k, v))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wq, wk, wv = (x.to(wide) for x in (q, k, v))
+    if rope is not None:
+        wq, wk = rotate_pairs(wq, rope[rope.shape[0] - q.shape[1] :]), rotate_pairs(wk, rope)
+    key_frames = k.shape[1] // place if place else grid[0]
+    sees = grid_sees(grid, key_frames, window or (0, 0, 0), stride, causal)[None, None]
+    out, lse = masked(wq, wk, wv, sees, scale, softcap)
+    return out.to(q.dtype), lse
