@@ -235,6 +235,22 @@ STRETTO_INLINE uint32_t mask_ge(f32x16 a, f32x16 b) {
 #endif
 }
 
+// a where the bit of the lane is set, else b.
+STRETTO_INLINE f32x16 select(uint32_t bits, f32x16 a, f32x16 b) {
+#if defined(STRETTO_ISA_avx512)
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
+#elif defined(STRETTO_ISA_avx2)
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), high = _mm256_slli_epi32(lane, 8);
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
+  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, lane), lane))),
+          _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, high), high)))};
+#else
+  for (int i = 0; i < 16; ++i)
+    if (!(bits >> i & 1)) a.v[i] = b.v[i];
+  return a;
+#endif
+}
+
 // Scalar conversions, for tails and single elements.
 STRETTO_INLINE float to_float(float x) { return x; }
 STRETTO_INLINE float to_float(bfloat16_t x) { return bits_to_float(uint32_t(x.bits) << 16); }

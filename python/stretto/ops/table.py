@@ -147,7 +147,7 @@ def register(
     torch.library.register_fake(f"stretto::{name}", fake, lib=_library)
     if "!" not in schema:  # an op that writes its arguments has no gradient
         torch.library.register_autograd(f"stretto::{name}", _backward(reference), setup_context=_keep_inputs, lib=_library)
-    family = function.__module__.rsplit(".", 1)[-1]
+    family = function.__module__.split(".")[2]
     kernels = _backend.KERNELS[name] = kernels or (name.removeprefix(f"{family}_"),)
     OPS[name] = Op(
         name, family, schema, function, reference, cases, bad_cases, bench_cases, cost, bound, tolerance,
