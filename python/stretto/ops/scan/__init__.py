@@ -1,0 +1,12 @@
+"""Recurrences over sequences: the causal convolution and the state space models of Mamba, as sequences, as steps and as replays.
+
+Sequences are packed `[tokens, ...]` with `cu_seqlens` [batch + 1] int32, or a batch `[batch, length, ...]`. States are float32.
+"""
+
+from stretto.ops.scan.conv1d import causal_conv1d, causal_conv1d_replay, causal_conv1d_step
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_replay",
+    "causal_conv1d_step",
+]
