@@ -1,5 +1,6 @@
 #include "bind/bind.h"
 #include "kernels/scan/causal_conv1d.h"
+#include "kernels/scan/selective_scan.h"
 
 namespace stretto {
 namespace {
@@ -43,7 +44,7 @@ void causal_conv1d(TensorView x, TensorView weight, OptionalTensor bias, bool si
   const char* op = "causal_conv1d";
   const int64_t tokens = x.shape[0], channels = x.shape[1], width = weight.shape[1], batch = cu_seqlens.shape[0] - 1;
   require_rows(x, op, "x", x.dtype, {-1, -1});
-  require_tensor(weight, op, "weight", DType::f32, {channels, -1});
+  require_state(weight, op, "weight", {channels, -1});
   require(width >= 2 && width <= 8, op, "weight", std::to_string(width) + " taps, expected 2 to 8");
   require_vector(bias, op, "bias", DType::f32, channels);
   require_tensor(cu_seqlens, op, "cu_seqlens", DType::i32, {-1});
@@ -63,6 +64,7 @@ void causal_conv1d(TensorView x, TensorView weight, OptionalTensor bias, bool si
                        .batch = batch,
                        .x_stride = x.strides[0],
                        .y_stride = y.strides[0],
+                       .weight_strides = {weight.strides[0], weight.strides[1]},
                        .initial_strides = {},
                        .silu = silu,
                        .dtype = x.dtype};
@@ -75,7 +77,7 @@ void causal_conv1d_step(TensorView x, TensorView state, TensorView weight, Optio
   const char* op = "causal_conv1d_step";
   const int64_t tokens = x.shape[0], channels = x.shape[1], width = weight.shape[1];
   require_rows(x, op, "x", x.dtype, {-1, -1});
-  require_tensor(weight, op, "weight", DType::f32, {channels, -1});
+  require_state(weight, op, "weight", {channels, -1});
   require(width >= 2 && width <= 8, op, "weight", std::to_string(width) + " taps, expected 2 to 8");
   require_vector(bias, op, "bias", DType::f32, channels);
   require_state(state, op, "state", {-1, channels, width - 1});
@@ -96,6 +98,7 @@ void causal_conv1d_step(TensorView x, TensorView state, TensorView weight, Optio
                            .num_slots = state.shape[0],
                            .x_stride = x.strides[0],
                            .y_stride = y.strides[0],
+                           .weight_strides = {weight.strides[0], weight.strides[1]},
                            .state_strides = {state.strides[0], state.strides[1], state.strides[2]},
                            .silu = silu,
                            .update = update && !parent,
@@ -128,12 +131,109 @@ void causal_conv1d_replay(TensorView state, TensorView x, TensorView rows, Tenso
   launch(op, causal_conv1d_replay_cpu, p);
 }
 
+SelectiveScanInputs scan_inputs(const char* op, const TensorView& u, const TensorView& dt, const TensorView& a, const TensorView& b,
+                                const OptionalTensor& c, const OptionalTensor& d, const OptionalTensor& z, const OptionalTensor& dt_bias,
+                                bool softplus) {
+  require_rows(u, op, "u", u.dtype, {-1, -1});
+  const int64_t tokens = u.shape[0], channels = u.shape[1];
+  require_rows(dt, op, "dt", u.dtype, {tokens, channels});
+  require_state(a, op, "A", {channels, -1});
+  require_rows(b, op, "B", u.dtype, {tokens, -1, a.shape[1]});
+  require(b.shape[1] > 0 ? channels % b.shape[1] == 0 : channels == 0, op, "B", "groups, expected a divisor of the channels");
+  if (c) require_rows(*c, op, "C", u.dtype, {tokens, b.shape[1], a.shape[1]});
+  if (z) require_rows(*z, op, "z", u.dtype, {tokens, channels});
+  require_vector(d, op, "D", DType::f32, channels);
+  require_vector(dt_bias, op, "dt_bias", DType::f32, channels);
+  return {.u = u.data(),
+          .dt = dt.data(),
+          .b = b.data(),
+          .c = data_or_null(c),
+          .z = data_or_null(z),
+          .a = a.data<float>(),
+          .d = data_or_null<float>(d),
+          .dt_bias = data_or_null<float>(dt_bias),
+          .tokens = tokens,
+          .channels = channels,
+          .states = a.shape[1],
+          .groups = b.shape[1],
+          .u_stride = u.strides[0],
+          .dt_stride = dt.strides[0],
+          .b_stride = b.strides[0],
+          .c_stride = c ? c->strides[0] : 0,
+          .z_stride = z ? z->strides[0] : 0,
+          .a_strides = {a.strides[0], a.strides[1]},
+          .softplus = softplus,
+          .dtype = u.dtype};
+}
+
+void selective_scan(TensorView u, TensorView dt, TensorView a, TensorView b, TensorView c, OptionalTensor d, OptionalTensor z, OptionalTensor dt_bias,
+                    bool softplus, OptionalTensor h0, TensorView cu_seqlens, TensorView y, TensorView h_last) {
+  const char* op = "selective_scan";
+  SelectiveScanParams p{.in = scan_inputs(op, u, dt, a, b, c, d, z, dt_bias, softplus),
+                        .h0 = data_or_null<float>(h0),
+                        .cu_seqlens = cu_seqlens.data<int32_t>(),
+                        .y = y.data(),
+                        .h_last = h_last.data<float>(),
+                        .batch = cu_seqlens.shape[0] - 1,
+                        .y_stride = y.strides[0],
+                        .h0_strides = {}};
+  require_tensor(cu_seqlens, op, "cu_seqlens", DType::i32, {-1});
+  require_rows(y, op, "y", u.dtype, {p.in.tokens, p.in.channels});
+  require_tensor(h_last, op, "h_last", DType::f32, {p.batch, p.in.channels, p.in.states});
+  if (h0) require_state(*h0, op, "h0", {p.batch, p.in.channels, p.in.states});
+  for (int i = 0; i < 3; ++i) p.h0_strides[i] = h0 ? h0->strides[i] : 0;
+  launch(op, selective_scan_cpu, p);
+}
+
+void selective_scan_step(TensorView state, TensorView u, TensorView dt, TensorView a, TensorView b, TensorView c, OptionalTensor d, OptionalTensor z,
+                         OptionalTensor dt_bias, bool softplus, OptionalTensor slots, OptionalTensor cu_seqlens, OptionalTensor parent, bool update,
+                         TensorView y) {
+  const char* op = "selective_scan_step";
+  const SelectiveScanStepParams p{.in = scan_inputs(op, u, dt, a, b, c, d, z, dt_bias, softplus),
+                                  .state = state.data<float>(),
+                                  .slots = data_or_null<int32_t>(slots),
+                                  .cu_seqlens = data_or_null<int32_t>(cu_seqlens),
+                                  .parent = data_or_null<int32_t>(parent),
+                                  .y = y.data(),
+                                  .batch = batch_of(slots, cu_seqlens, u.shape[0], op),
+                                  .num_slots = state.shape[0],
+                                  .y_stride = y.strides[0],
+                                  .state_strides = {state.strides[0], state.strides[1], state.strides[2]},
+                                  .update = update && !parent};
+  require_state(state, op, "state", {-1, p.in.channels, p.in.states});
+  require_vector(parent, op, "parent", DType::i32, p.in.tokens);
+  require_rows(y, op, "y", u.dtype, {p.in.tokens, p.in.channels});
+  launch(op, selective_scan_step_cpu, p);
+}
+
+void selective_scan_replay(TensorView state, TensorView u, TensorView dt, TensorView a, TensorView b, TensorView rows, TensorView n,
+                           OptionalTensor dt_bias, bool softplus, OptionalTensor slots) {
+  const char* op = "selective_scan_replay";
+  const SelectiveScanReplayParams p{.in = scan_inputs(op, u, dt, a, b, {}, {}, {}, dt_bias, softplus),
+                                    .state = state.data<float>(),
+                                    .rows = rows.data<int32_t>(),
+                                    .n = n.data<int32_t>(),
+                                    .slots = data_or_null<int32_t>(slots),
+                                    .batch = rows.shape[0],
+                                    .max_rows = rows.shape[1],
+                                    .num_slots = state.shape[0],
+                                    .state_strides = {state.strides[0], state.strides[1], state.strides[2]}};
+  require_state(state, op, "state", {-1, p.in.channels, p.in.states});
+  require_tensor(rows, op, "rows", DType::i32, {-1, -1});
+  require_tensor(n, op, "n", DType::i32, {p.batch});
+  require_vector(slots, op, "slots", DType::i32, p.batch);
+  launch(op, selective_scan_replay_cpu, p);
+}
+
 }  // namespace
 
 STRETTO_BIND(scan_mamba) {
   m.def("causal_conv1d", &causal_conv1d);
   m.def("causal_conv1d_step", &causal_conv1d_step);
   m.def("causal_conv1d_replay", &causal_conv1d_replay);
+  m.def("selective_scan", &selective_scan);
+  m.def("selective_scan_step", &selective_scan_step);
+  m.def("selective_scan_replay", &selective_scan_replay);
 }
 
 }  // namespace stretto

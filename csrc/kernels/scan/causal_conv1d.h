@@ -11,14 +11,14 @@
 namespace stretto {
 struct CausalConv1dParams {
   const void* x;              // [tokens, channels] of dtype; rows x_stride elements apart
-  const float* weight;        // [channels, width]
+  const float* weight;        // [channels, width] with strides of its own: channels side by side are read fastest
   const float* bias;          // null, or [channels]
   const float* initial;       // null, or [batch, channels, width - 1] with strides of their own
   const int32_t* cu_seqlens;  // [batch + 1], 0 = first <= ... <= last = tokens
   void* y;                    // [tokens, channels] of dtype; overlaps no input
   float* final;               // [batch, channels, width - 1], dense; overlaps no input
   int64_t tokens, channels, width, batch, x_stride, y_stride;
-  int64_t initial_strides[3];
+  int64_t weight_strides[2], initial_strides[3];
   bool silu;
   DType dtype;  // f32, f16, bf16
 };
@@ -37,7 +37,7 @@ struct CausalConv1dStepParams {
   const int32_t* parent;      // null, or [tokens]; only without `update`
   void* y;                    // [tokens, channels]
   int64_t tokens, channels, width, batch, num_slots, x_stride, y_stride;
-  int64_t state_strides[3];
+  int64_t weight_strides[2], state_strides[3];
   bool silu, update;
   DType dtype;
 };

@@ -14,11 +14,15 @@ constexpr int64_t kMaxWidth = 8;
 struct Filter {
   float weight[kMaxWidth][kChannels], bias[kChannels];
 
-  Filter(const float* w, const float* b, int64_t width, int64_t first, int64_t count) {
-    for (int64_t c = 0; c < count; ++c) {
-      for (int64_t k = 0; k < width; ++k) weight[k][c] = w[(first + c) * width + k];
-      bias[c] = b ? b[first + c] : 0.f;
+  Filter(const float* w, const int64_t* strides, const float* b, int64_t width, int64_t first, int64_t count) {
+    const float* from = w + first * strides[0];
+    if (strides[0] == 1) {
+      for (int64_t k = 0; k < width; ++k) std::memcpy(weight[k], from + k * strides[1], static_cast<size_t>(count) * 4);
+    } else {
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t k = 0; k < width; ++k) weight[k][c] = from[c * strides[0] + k * strides[1]];
     }
+    for (int64_t c = 0; c < count; ++c) bias[c] = b ? b[first + c] : 0.f;
   }
 };
 
@@ -80,7 +84,7 @@ template <int kWidth, class T> void conv_run(const CausalConv1dParams& p, const 
 
 template <int kWidth, class T> void conv_block(const CausalConv1dParams& p, int64_t r0, int64_t c0) {
   const int64_t count = p.channels - c0 < kChannels ? p.channels - c0 : kChannels, r1 = r0 + kRows < p.tokens ? r0 + kRows : p.tokens;
-  const Filter f(p.weight, p.bias, p.width, c0, count);
+  const Filter f(p.weight, p.weight_strides, p.bias, p.width, c0, count);
   int64_t low = 0, high = p.batch;  // the last sequence that starts at or before r0
   while (high - low > 1) {
     const int64_t mid = (low + high) / 2;
@@ -120,6 +124,10 @@ template <class T> void gather_window(float* window, const float* state, const i
 }
 
 void scatter_state(float* state, const int64_t* s, int64_t before, const float* const* last, int64_t c0, int64_t count) {
+  if (s[1] == 1) {
+    for (int64_t k = 0; k < before; ++k) std::memcpy(state + c0 + k * s[2], last[k], static_cast<size_t>(count) * 4);
+    return;
+  }
   for (int64_t c = 0; c < count; ++c)
     for (int64_t k = 0; k < before; ++k) state[(c0 + c) * s[1] + k * s[2]] = last[k][c];
 }
@@ -138,7 +146,7 @@ template <int kWidth, class T> void step_sequence(const CausalConv1dStepParams& 
   float* state = p.state + slot * p.state_strides[0];
   float* window = static_cast<float*>(thread_scratch(0, (kBefore + m) * kChannels * 4));
   gather_window(window, state, p.state_strides, kBefore, static_cast<const T*>(p.x), p.x_stride, rows, c0, count);
-  const Filter f(p.weight, p.bias, kWidth, c0, count);
+  const Filter f(p.weight, p.weight_strides, p.bias, kWidth, c0, count);
   const float* taps[kWidth];
   for (int64_t i = 0; i < m; ++i) {
     int64_t node = i, beyond = 0;  // beyond: how many inputs before the state's end
@@ -183,7 +191,7 @@ void causal_conv1d(const CausalConv1dParams& p) {
 }
 
 void causal_conv1d_step(const CausalConv1dStepParams& p) {
-  const int64_t blocks = channel_blocks(p.channels), grain = p.tokens > 4 * p.batch ? 1 : 4;  // 4: about 2 us of work for single rows
+  const int64_t blocks = channel_blocks(p.channels), grain = 24 * p.batch / (p.tokens + 1) + 1;  // about 10 us: a few hand-overs
   dispatch_float(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     dispatch_width(p.width, [&]<int kWidth>() {
@@ -196,7 +204,7 @@ void causal_conv1d_replay(const CausalConv1dReplayParams& p) {
   const int64_t blocks = channel_blocks(p.channels);
   dispatch_float(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    parallel_for(0, p.batch * blocks, 4, [&](int64_t task) { replay_sequence<T>(p, task / blocks, task % blocks * kChannels); });
+    parallel_for(0, p.batch * blocks, 24, [&](int64_t task) { replay_sequence<T>(p, task / blocks, task % blocks * kChannels); });
   });
 }
 

@@ -83,3 +83,76 @@ def causal_conv1d_replay(state: Tensor, x: Tensor, rows: Tensor, n: Tensor, slot
         slot = b if slots is None else int(slots[b])
         if slot >= 0:
             state[slot] = torch.cat([state[slot], x[row[:count]].to(state.dtype).t()], 1)[:, count:]
+
+
+def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
+    delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias
+    return torch.nn.functional.softplus(delta) if softplus else delta
+
+
+def gated(y: Tensor, z: Tensor | None) -> Tensor:
+    return y if z is None else y * torch.nn.functional.silu(z.to(y.dtype))
+
+
+def per_channel(b: Tensor, channels: int) -> Tensor:
+    """[..., groups, states] of each of `channels` channels (or heads): consecutive ones share a group."""
+    return b.repeat_interleave(channels // max(b.shape[-2], 1), -2)
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None, dt_bias: Tensor | None = None,
+    softplus: bool = False, h0: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, h_last): h = exp(delta A) h + delta u B; y = (C h + D u) silu(z)."""
+    if u.dim() == 3:
+        flat = [t if t is None else t.flatten(0, 1) for t in (u, dt, B, C, z)]
+        y, last = selective_scan(flat[0], flat[1], A, flat[2], flat[3], D, flat[4], dt_bias, softplus, h0, even(*u.shape[:2]))
+        return y.view(u.shape), last
+    delta, x = step_size(dt, dt_bias, softplus, A.dtype), u.to(A.dtype)
+    b, c = per_channel(B.to(A.dtype), u.shape[1]), per_channel(C.to(A.dtype), u.shape[1])
+    ys, lasts = [], [A.new_zeros(0, *A.shape)]
+    for s, (i, j) in enumerate(spans(cu_seqlens, len(u))):
+        h = torch.zeros_like(A) if h0 is None else h0[s]
+        for t in range(i, j):
+            h = torch.exp(delta[t, :, None] * A) * h + (delta[t] * x[t])[:, None] * b[t]
+            ys.append((h * c[t]).sum(-1))
+        lasts.append(h[None])
+    y = torch.stack(ys) if ys else torch.zeros_like(x)
+    return gated(y if D is None else y + D * x, z).to(u.dtype), torch.cat(lasts)
+
+
+def selective_scan_step(
+    state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    dt_bias: Tensor | None = None, softplus: bool = False, slots: Tensor | None = None, cu_seqlens: Tensor | None = None, parent: Tensor | None = None,
+    update: bool = True,
+) -> Tensor:  # fmt: skip
+    """y of rows that continue `state`; a row follows parent[row] of its sequence, or the row before."""
+    delta, x = step_size(dt, dt_bias, softplus, A.dtype), u.to(A.dtype)
+    b, c = per_channel(B.to(A.dtype), u.shape[1]), per_channel(C.to(A.dtype), u.shape[1])
+    y = torch.zeros_like(u)
+    for i, j, slot in steps(cu_seqlens, slots, len(u)):
+        if slot < 0:
+            continue
+        after: list[Tensor] = []
+        for t in range(i, j):
+            p = t - i - 1 if parent is None else int(parent[t])
+            h = torch.exp(delta[t, :, None] * A) * (state[slot] if p < 0 else after[p]) + (delta[t] * x[t])[:, None] * b[t]
+            out = (h * c[t]).sum(-1)
+            y[t] = gated(out if D is None else out + D * x[t], None if z is None else z[t]).to(u.dtype)
+            after.append(h)
+        if update and after:
+            state[slot] = after[-1]
+    return y
+
+
+def selective_scan_replay(
+    state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, rows: Tensor, n: Tensor, dt_bias: Tensor | None = None, softplus: bool = False,
+    slots: Tensor | None = None,
+) -> None:  # fmt: skip
+    """state after the inputs rows[b, :n[b]]."""
+    for s, (row, count) in enumerate(zip(rows.tolist(), n.tolist(), strict=True)):
+        slot = s if slots is None else int(slots[s])
+        if slot >= 0:
+            r = row[:count]
+            y = selective_scan(u[r], dt[r], A, B[r], B[r], None, None, dt_bias, softplus, state[slot : slot + 1], None)
+            state[slot] = y[1][0]

@@ -4,9 +4,13 @@ Sequences are packed `[tokens, ...]` with `cu_seqlens` [batch + 1] int32, or a b
 """
 
 from stretto.ops.scan.conv1d import causal_conv1d, causal_conv1d_replay, causal_conv1d_step
+from stretto.ops.scan.selective import selective_scan, selective_scan_replay, selective_scan_step
 
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_replay",
     "causal_conv1d_step",
+    "selective_scan",
+    "selective_scan_replay",
+    "selective_scan_step",
 ]

@@ -22,7 +22,7 @@ def causal_conv1d(
 
     Args:
         x: [tokens, channels] packed, or [batch, length, channels]; float32 / float16 / bfloat16, any strides.
-        weight: [channels, K] float32, K 2 to 8; weight[:, K - 1] meets the current input. bias: [channels] float32.
+        weight: [channels, K] float32, K 2 to 8, any strides; weight[:, K - 1] meets the current input. bias: [channels] float32.
         activation: "silu" or None.
         initial: [batch, channels, K - 1] float32, the inputs before each sequence, oldest first; None: zeros.
         cu_seqlens: [batch + 1] int32, where packed sequences begin and end; None: one sequence, or the batch.
@@ -56,7 +56,7 @@ def _causal_conv1d(
         return packing.unpacked(y, lead), final
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty(shape)
     _backend._C.causal_conv1d(  # type: ignore[union-attr]
-        packing.dense_rows(x), weight.contiguous(), packing.dense(bias), activation == "silu", initial, cu_seqlens, y, final
+        packing.dense_rows(x), weight, packing.dense(bias), activation == "silu", initial, cu_seqlens, y, final
     )
     return packing.unpacked(y, lead), final
 
@@ -115,7 +115,7 @@ def _causal_conv1d_step(
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _backend._C.causal_conv1d_step(  # type: ignore[union-attr]
-        packing.dense_rows(x), state, weight.contiguous(), packing.dense(bias), activation == "silu", packing.dense(slots),
+        packing.dense_rows(x), state, weight, packing.dense(bias), activation == "silu", packing.dense(slots),
         packing.dense(cu_seqlens), packing.dense(parent), update, out,
     )  # fmt: skip
     return out

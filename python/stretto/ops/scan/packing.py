@@ -68,6 +68,14 @@ def check_slots(op: str, slots: Tensor | None, batch: int, num_slots: int, updat
             seen.add(slot)
 
 
+def check_groups(op: str, name: str, count: int, groups: int, states: int) -> None:
+    """Raise ValueError unless `count` channels (or heads) share `groups` evenly."""
+    if states < 1:
+        raise ValueError(f"{op}: A: {states} states, expected at least 1" if name == "channels" else f"{op}: B: {states} states, expected at least 1")
+    if groups < 1 or count % groups:
+        raise ValueError(f"{op}: B: {groups} groups, expected a divisor of {count} {name}")
+
+
 def check_batch(op: str, slots: Tensor | None, cu_seqlens: Tensor | None, tokens: int) -> None:
     """Raise ValueError unless shapes agree on the number of sequences of a step."""
     batch = tokens if cu_seqlens is None else cu_seqlens.shape[0] - 1
