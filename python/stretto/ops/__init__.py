@@ -1,6 +1,6 @@
 """Public kernels. Each is a plain function with a documented contract; `ops.table.OPS` lists them all."""
 
-from stretto.ops import attention, cache, norm, quant, rope, sampling, step, table, tree
+from stretto.ops import attention, cache, norm, quant, rope, sampling, scan, step, table, tree
 from stretto.ops._backend import fallbacks, granted_threads, num_threads, set_num_threads, strict
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "quant",
     "rope",
     "sampling",
+    "scan",
     "set_num_threads",
     "step",
     "strict",

@@ -1,0 +1,16 @@
+"""Recurrences over sequences: the causal convolution and the state space models of Mamba, as sequences, as steps and as replays.
+
+Sequences are packed `[tokens, ...]` with `cu_seqlens` [batch + 1] int32, or a batch `[batch, length, ...]`. States are float32.
+"""
+
+from stretto.ops.scan.conv1d import causal_conv1d, causal_conv1d_replay, causal_conv1d_step
+from stretto.ops.scan.selective import selective_scan, selective_scan_replay, selective_scan_step
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_replay",
+    "causal_conv1d_step",
+    "selective_scan",
+    "selective_scan_replay",
+    "selective_scan_step",
+]
