@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def mlstm(
         h, state = _sequence(q, k, v, i, f, (C, n, m), chunk, eps, variant)
         return h.to(dtype), *state
     rows, states = [v[:0]], []
-    for b, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for b, (first, last) in enumerate(pairwise(bounds)):
         q_, k_, v_, i_, f_ = (x[first:last].transpose(0, 1) for x in (q, k, v, i, f))
         h, state = _sequence(q_, k_, v_, i_, f_, (C[b], n[b], m[b]), chunk, eps, variant)
         rows.append(h.transpose(0, 1))
@@ -101,7 +103,7 @@ def _recurrent(
 ) -> None:  # fmt: skip
     slots = slot_ids.tolist()
     first = cu_seqlens.tolist() if cu_seqlens is not None else list(range(len(slots) + 1))
-    count = [b - a for a, b in zip(first[:-1], first[1:], strict=True)] if counts is None else counts.tolist()
+    count = [b - a for a, b in pairwise(first)] if counts is None else counts.tolist()
     i, f = _capped(_wide(i), gate_cap), _capped(_wide(f), gate_cap)
     where, carried = torch.tensor(slots, dtype=torch.int64), (C, n, m)
     if not update:
