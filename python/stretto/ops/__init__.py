@@ -1,11 +1,12 @@
 """Public kernels. Each is a plain function with a documented contract; `ops.table.OPS` lists them all."""
 
-from stretto.ops import attention, cache, mlstm, norm, quant, rope, sampling, scan, step, table, tree
+from stretto.ops import attention, cache, dct, mlstm, norm, quant, rope, sampling, scan, step, table, tree
 from stretto.ops._backend import fallbacks, granted_threads, num_threads, set_num_threads, strict
 
 __all__ = [
     "attention",
     "cache",
+    "dct",
     "fallbacks",
     "granted_threads",
     "mlstm",

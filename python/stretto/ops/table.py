@@ -108,6 +108,13 @@ def _backward(reference: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
+def _given_backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    def run(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return backward(ctx.inputs, *grads)[: len(ctx.needs_input_grad)]
+
+    return run
+
+
 def register(
     schema: str,
     kernel: Callable[..., Any],
@@ -123,6 +130,7 @@ def register(
     tolerance: float = 2.0,
     peers: Mapping[str, Callable[..., Any]] | None = None,
     source: str = "",
+    backward: Callable[..., tuple[Any, ...]] | None = None,
     kernels: tuple[str, ...] | None = None,
 ) -> None:
     """Create `torch.ops.stretto.<name>` and its row in OPS.
@@ -137,6 +145,7 @@ def register(
         cost: least bytes and FLOPs of a call, from the same arguments.
         tolerance: for float32 results, in multiples of the error that the reference itself makes in float32 (STYLE: at most 2), plus 2 ulps.
         peers: name -> callable with the same arguments, timed beside ours.
+        backward: (inputs of the call, *gradients of its results) -> a gradient or None for each input; without it, that of the reference.
         kernels: names that `_C` launches for this op; the op's own name without its family, if that is all.
     """
     name = schema.split("(", 1)[0]
@@ -145,8 +154,9 @@ def register(
     _library.define(schema)
     _library.impl(name, lambda *args, **kwargs: kernel(*map(_plain, args), **{k: _plain(v) for k, v in kwargs.items()}), "CompositeExplicitAutograd")
     torch.library.register_fake(f"stretto::{name}", fake, lib=_library)
+    gradient = _backward(reference) if backward is None else _given_backward(backward)
     if "!" not in schema:  # an op that writes its arguments has no gradient
-        torch.library.register_autograd(f"stretto::{name}", _backward(reference), setup_context=_keep_inputs, lib=_library)
+        torch.library.register_autograd(f"stretto::{name}", gradient, setup_context=_keep_inputs, lib=_library)
     family = function.__module__.split(".")[2]
     kernels = _backend.KERNELS[name] = kernels or (name.removeprefix(f"{family}_"),)
     OPS[name] = Op(

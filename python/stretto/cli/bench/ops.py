@@ -64,7 +64,7 @@ def measure(op: Op, case: Case, rounds: int, ceilings: Ceilings) -> dict[str, An
     for name, function in {OURS: op.function, REFERENCE: op.reference, **op.peers}.items():
         try:
             runs[name] = Runner(function, copies)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:  # a peer that lacks this dtype or shape
+        except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:  # a peer not installed, or without this shape
             if name == OURS:
                 raise
             refused[name] = str(error).splitlines()[0]
