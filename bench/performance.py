@@ -100,11 +100,9 @@ def speculation_section(document: Mapping[str, Any], name: str) -> Iterator[str]
 def perplexity_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
     yield f"\n## Perplexity: {document['model']}"
     yield f"`{document['command']}`; file `{name}`. {document['tokens']} tokens of Python's language reference, windows of {document['window']}.\n"
-    yield "| | perplexity | stretto against it |"
+    yield "| stretto | llama.cpp | difference |"
     yield "|---|---|---|"
-    yield f"| stretto | {document['stretto']:.4f} | |"
-    for peer, value in document["peers"].items():
-        yield f"| {peer} | {value:.4f} | {document['stretto'] / value - 1:+.3%} |"
+    yield f"| {document['stretto']:.4f} | {document['llama.cpp']:.4f} | {document['relative_difference']:+.3%} |"
 
 
 SECTIONS = {"decode": decode_section, "perplexity": perplexity_section, "speculation": speculation_section}
