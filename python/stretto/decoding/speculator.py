@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from stretto.decoding.cost import CostCurve
 from stretto.decoding.proposer import Proposer
 from stretto.decoding.types import DraftTree
-from stretto.decoding.width import CostCurve, DepthAcceptance, best_width, leading_depths
+from stretto.decoding.width import DepthAcceptance, best_width, leading_depths
 
 MAX_NODES = 32
 """Largest tree asked for. Beyond it a step on a CPU costs more than any acceptance seen pays back; the cost curve ends there too."""
