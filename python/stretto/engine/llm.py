@@ -118,11 +118,17 @@ class LLM:
     def _draft(self, name: str) -> Proposer:
         """The proposer on another model, loaded at its first use."""
         if name not in self._drafts:
-            other = load(name, threads=self.threads, context=self.engine.config.context, max_seqs=1)
-            if other.tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise ValueError(f"generate: decode: draft model {name} has another vocabulary, expected that of {self.config.name}")
-            self._drafts[name] = DraftModelProposer(f"draft:{name}", other.engine.runner, other.cache)
+            self.add_draft(name, load(name, threads=self.threads, context=self.engine.config.context, max_seqs=1))
         return self._drafts[name]
+
+    def add_draft(self, name: str, other: LLM) -> None:
+        """Let a loaded model of the same vocabulary guess under decode="draft:name". It serves this model only from then on.
+
+        Raises: ValueError for another vocabulary.
+        """
+        if other.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(f"generate: decode: draft model {name} has another vocabulary, expected that of {self.config.name}")
+        self._drafts[name] = DraftModelProposer(f"draft:{name}", other.engine.runner, other.cache)
 
     def _submit(self, ids: Sequence[int], params: SamplingParams) -> list[Request]:
         with self._lock:
