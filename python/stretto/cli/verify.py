@@ -114,10 +114,12 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"prompts: {path}: {error}, expected JSON") from None
     if not isinstance(values, list) or not values:
         raise ValueError(f"prompts: {path}: no prompts in it, expected at least one")
-    texts = [v.get("prompt") if isinstance(v, dict) else v for v in values]
-    for number, text in enumerate(texts):
+    texts: list[str] = []
+    for number, value in enumerate(values):
+        text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str) or not text:
             raise ValueError(f"prompts: {path}: entry {number} is {text!r}, expected a text that is not empty")
+        texts.append(text)
     return texts
 
 
