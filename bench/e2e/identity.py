@@ -114,7 +114,7 @@ def certify(
             batch = range(start, min(start + setting.batch, group.stop))
             results = llm.generate([inputs[i] for i in batch], decode=method, **limits, **MODES[mode])
             found = first_differences(llm, [state["expected"][mode][i] for i in batch], [r.tokens for r in results])
-            state["differences"] += [asdict(d) | {"prompt": batch[d.prompt], "method": method, "mode": mode} | asdict(setting) for d in found]
+            state["differences"] += [asdict(d) | {"prompt": batch[d.prompt], "decode": method, "mode": mode} | asdict(setting) for d in found]
             count(state, setting, method, mode, results)
         state["done"] += 1
     return True
