@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import stretto
+from stretto.engine.request import ShownText
 from stretto.models.loading import find
 
 from bench.e2e import divergence
@@ -52,3 +53,27 @@ def test_identity_with_every_proposer(llm, options):
 
 def test_answers(llm):
     assert "Paris" in llm.generate([{"role": "user", "content": "What is the capital of France?"}], max_tokens=24).text
+
+
+def test_streamed_text_has_no_broken_characters(llm):
+    """Rare characters are several byte tokens: a delta never ends inside one, and all deltas together are the text."""
+    question = [{"role": "user", "content": "Write 日本語, ελληνικά, हिन्दी and emoji 🙂🐈‍⬛ in one line, three times."}]
+    for seed in range(3):
+        for decode in ("off", "auto"):
+            deltas = list(llm.generate(question, max_tokens=64, temperature=1.2, seed=seed, decode=decode, stream=True, ignore_eos=True))
+            result = deltas[-1].result
+            assert "".join(d.text for d in deltas) == result.text
+            assert [t for d in deltas for t in d.tokens] == result.tokens
+            if "\ufffd" not in result.text:
+                assert result.text == llm.tokenizer.decode(result.tokens)
+            assert all("\ufffd" not in d.text or "\ufffd" in llm.tokenizer.decode(result.tokens) for d in deltas)
+
+
+@pytest.mark.parametrize("stops", [(), ("猫",), ("🙂",)])
+def test_tokens_of_several_byte_characters_become_text(llm, stops):
+    text = "naïve 日本 🐈‍⬛ é🙂 x猫y हिन्दी end"
+    shown = ShownText(llm.tokenizer.stream(), stops)
+    pieces = [shown.push(token) for token in llm.tokenizer.encode(text, add_special=False)]
+    pieces.append(shown.flush())
+    assert "".join(pieces) == shown.text == text[: min((text.index(s) for s in stops), default=len(text))]
+    assert not any("\ufffd" in p for p in pieces)

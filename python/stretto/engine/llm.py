@@ -74,7 +74,7 @@ class LLM:
 
         Args:
             prompt: a text (used as it is), chat messages ([{"role", "content"}, ...], through the model's template), token ids, or a list of these.
-            decode: "auto", "off", "ngram", "trie": how to speculate. The tokens are the same for each; only the speed differs.
+            decode: "auto", "off", "ngram", "trie" or "draft:MODEL": how to speculate. The tokens are the same for each; only the speed differs.
             stream: return a Stream, an iterator of Delta, instead; one prompt and n = 1 only.
             others: see SamplingParams.
         Returns: a Result; for n > 1 a list of n; for a list of prompts a list in the same order.
