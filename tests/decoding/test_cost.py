@@ -23,11 +23,14 @@ def test_noise_in_a_narrow_step_does_not_lift_wider_ones():
     assert meter.curve == CostCurve((1, 2, 4, 8, 16), (1.0, 1.2, 1.2, 1.6, 3.0))
 
 
-def test_widths_stop_at_the_limit():
+def test_widths_stop_at_the_limit(monkeypatch: pytest.MonkeyPatch):
     meter = CostMeter()
     meter.refresh(lambda rows: TRUE[rows], 5)
     assert meter.curve is not None
     assert meter.curve.rows == (1, 2, 4)
+    monkeypatch.setattr(meter, "_next_probe", 0.0)
+    meter.refresh(lambda rows: TRUE[rows], 512)  # the next request has room for more
+    assert meter.curve.rows == cost.WIDTHS
 
 
 def test_a_measurement_taken_at_a_bad_moment_heals(monkeypatch: pytest.MonkeyPatch):

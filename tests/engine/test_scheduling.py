@@ -80,6 +80,21 @@ def test_too_few_pages_make_requests_wait(pages: int):
     assert empty(llm)
 
 
+def test_measuring_the_cost_waits_for_pages(monkeypatch: pytest.MonkeyPatch):
+    """A full cache must not be asked again and again for steps that measure half of the curve."""
+    llm = tiny_llm(pages=8)
+    calls: list[int] = []
+    measure = llm.engine.chain_seconds
+    monkeypatch.setattr(llm.engine, "chain_seconds", lambda sequences, rows: calls.append(rows) or measure(sequences, rows))
+    prompt = [3, 4, 5] * 39  # its end lies 11 rows before the end of the cache
+    result = llm.generate(prompt, max_tokens=8, ignore_eos=True, decode="ngram")
+    assert result.tokens == alone([prompt], 8)[0]
+    assert calls == []
+    llm.generate([3, 4, 5] * 9, max_tokens=8, ignore_eos=True, decode="ngram")
+    assert calls[:2] == [1, 1]
+    assert max(calls) == 16
+
+
 def test_two_requests_that_each_need_all_pages():
     batch = [[7] * 90, [9] * 90]
     llm = tiny_llm(pages=8)  # 128 rows

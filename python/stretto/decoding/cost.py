@@ -67,24 +67,25 @@ class CostMeter:
         """Take this curve and learn nothing more."""
         self._rows, self._seconds, self._learns = curve.rows, list(curve.seconds), False
 
+    @property
+    def due(self) -> bool:
+        """Whether `refresh` would measure something now."""
+        return self._learns and time.monotonic() >= self._next_probe
+
     def refresh(self, step: Callable[[int], float], limit: int) -> None:
         """Measure what is due with `step(rows) -> seconds`, of at most `limit` rows. An exception of `step` leaves the curve as it was."""
-        if not self._learns:
+        if not self.due:
             return
-        now = time.monotonic()
-        if not self._rows:
-            widths = tuple(w for w in WIDTHS if w <= limit)
+        start = time.monotonic()
+        widths = tuple(w for w in WIDTHS if w <= limit)
+        if len(self._rows) < len(widths):  # for the first time, or until now by a request near the end of its context
             seconds = [min(step(w), step(w)) for w in widths]
             # A step of fewer rows takes no longer: what says otherwise is noise.
-            self._rows, self._seconds, self._seen = widths, [min(seconds[i:]) for i in range(len(widths))], [now] * len(widths)
-        elif now >= self._next_probe:
-            i = min(range(len(self._rows)), key=lambda i: self._seen[i])
-            if self._rows[i] > limit:
-                return
-            self.observe(self._rows[i], step(self._rows[i]))
+            self._rows, self._seconds, self._seen = widths, [min(seconds[i:]) for i in range(len(widths))], [start] * len(widths)
         else:
-            return
-        self._next_probe = time.monotonic() + (time.monotonic() - now) / PROBE_SHARE
+            i = min(range(len(widths)), key=lambda i: self._seen[i])
+            self.observe(widths[i], step(widths[i]))
+        self._next_probe = time.monotonic() + (time.monotonic() - start) / PROBE_SHARE
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows took `seconds`: the points beside it move, each by its share."""

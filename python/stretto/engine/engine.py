@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stretto.cache import PagedCache
 from stretto.cache import Sequence as CacheSequence
-from stretto.decoding.cost import CostCurve, CostMeter
+from stretto.decoding.cost import WIDTHS, CostCurve, CostMeter
 from stretto.decoding.proposer import Proposer
 from stretto.decoding.speculator import MAX_NODES, Speculator
 from stretto.decoding.step import Rows, StepRunner
@@ -252,9 +252,10 @@ class Engine:
 
     def _step_cost(self, sequence: CacheSequence, others: int) -> CostCurve:
         """The cost curve. While it is the only one to decode, `sequence` lends its context to the measuring steps."""
-        limit = min(self.config.max_rows, self.config.context - sequence.length)
-        if self.cost.curve is None or others == 0:
+        if self.cost.due and (self.cost.curve is None or others == 0):
+            limit = min(self.config.max_rows, self.config.context - sequence.length, WIDTHS[-1])
             with suppress(OutOfPages):  # the cache is full of running requests: measured when there is room
+                self.cache.reserve(sequence, limit)  # all of it first, so that no measurement ends half-way
                 self.cost.refresh(lambda rows: self.chain_seconds([sequence], rows), limit)
         return self.cost.curve or CostCurve((1,), (1.0,))
 
