@@ -28,7 +28,7 @@ def _half(raw: Bytes) -> Floats:
 
 def _nibbles(packed: Bytes) -> Bytes:
     """[blocks, n] -> [blocks, 2 n]: the n low halves, then the n high halves."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+    return np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
 
 
 def _high_bits(raw: Bytes) -> Bytes:

@@ -343,7 +343,8 @@ def _finalize(context: Context, value: Any) -> Any:
 def _replace(value: Any, old: str, new: str, count: int = -1) -> str:
     text = str(value)
     _budget.get().size(_replaced_chars(text, old, new))
-    return text.replace(old, new, -1 if count is None else count)
+    replaced: str = text.replace(old, new, -1 if count is None else count)
+    return replaced
 
 
 def _join(values: Any, separator: str = "", attribute: str | int | None = None) -> str:

@@ -110,7 +110,7 @@ def make_paged(
         v_pages[page, :, offset, :] = make.randn(c + n, kv_heads, head_dim).to(dtype)
     cu_q = torch.tensor([0, *torch.tensor([n for _, n in lengths]).cumsum(0).tolist()] if lengths else [0], dtype=torch.int32)
     q = make.randn(int(cu_q[-1]), heads, head_dim)
-    return q, k_pages, v_pages, table, cu_q, torch.tensor([c for c, _ in lengths], dtype=torch.int32), head_dim**-0.5  # type: ignore[return-value]
+    return q, k_pages, v_pages, table, cu_q, torch.tensor([c for c, _ in lengths], dtype=torch.int32), head_dim**-0.5
 
 
 def _cases(make: Make) -> Iterator[Case]:
