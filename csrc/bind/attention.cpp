@@ -48,7 +48,7 @@ void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, Tenso
   require(k_pages.shape[2] == head_dim && v_pages.shape[0] == pages && v_pages.shape[1] == kv_heads && v_pages.shape[2] == page_size &&
               v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype,
           kOp, "v_pages", "does not match k_pages and q");
-  require(kv_heads > 0 && q.shape[1] % kv_heads == 0 && head_dim % 16 == 0 && page_size > 0, kOp, "q", "heads or head_dim do not fit the pages");
+  require(kv_heads > 0 && q.shape[1] > 0 && q.shape[1] % kv_heads == 0 && head_dim % 16 == 0 && page_size > 0, kOp, "q", "heads or head_dim do not fit the pages");
   require_ints(table, "table", DType::i32, 2);
   require_ints(cu_q, "cu_q", DType::i32, 1);
   require_ints(cached, "cached", DType::i32, 1);
