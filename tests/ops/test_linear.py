@@ -50,7 +50,9 @@ def product(x: Tensor, values: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """x W^T in float64, and how far a float32 result may be off."""
     seen = x.double() if format in EXACT else int8_rows(x)
     size = seen.abs() @ values.abs().t()
-    one_step = 0 if format in EXACT else (x.abs().amax(-1, keepdim=True).double() / 127) @ values.abs().amax(-1, keepdim=True).t()  # a tie rounded otherwise
+    one_step = (
+        0 if format in EXACT else (x.abs().amax(-1, keepdim=True).double() / 127) @ values.abs().amax(-1, keepdim=True).t()
+    )  # a tie rounded otherwise
     return seen @ values.t(), 2e-6 * size + one_step + 1e-6
 
 

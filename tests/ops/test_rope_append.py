@@ -142,11 +142,16 @@ def test_both_orders_against_transformers(rotary_dim, isa):
     heads = qkv.unflatten(1, (8, 64))
     order = torch.arange(rotary_dim).view(2, -1).t().flatten()  # 0, half, 1, half + 1, ...
     order = torch.cat([order, torch.arange(rotary_dim, 64)])
-    for setup, given, back in ((half, heads, torch.arange(64)), (Setup(rotary_dim=rotary_dim, order="interleaved"), heads[..., order], order.argsort())):
+    for setup, given, back in (
+        (half, heads, torch.arange(64)),
+        (Setup(rotary_dim=rotary_dim, order="interleaved"), heads[..., order], order.argsort()),
+    ):
         mine, pools = given.clone().flatten(1), setup.pools()
         setup.append(mine, positions, slots, pools)
         k, v = setup.at(pools, slots)
-        torch.testing.assert_close(mine.unflatten(1, (8, 64))[:, :4][..., back].double(), hf_rotate(heads[:, :4], positions, rotary_dim), rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            mine.unflatten(1, (8, 64))[:, :4][..., back].double(), hf_rotate(heads[:, :4], positions, rotary_dim), rtol=0, atol=2e-6
+        )
         torch.testing.assert_close(k[..., back].double(), hf_rotate(heads[:, 4:6], positions, rotary_dim), rtol=0, atol=2e-6)
         assert same_bits(v, given[:, 6:])
         assert same_bits(mine.unflatten(1, (8, 64))[:, 4:], given[:, 4:])  # keys and values of qkv stay

@@ -214,7 +214,13 @@ def signed(value: int, bits: int) -> int:
     ],
 )
 def test_philox_known_answers(counter, key, want, isa):
-    got = words(signed(key[0] | key[1] << 32, 64), signed(counter[2] | counter[3] << 32, 64), signed(counter[1], 32), counter[0] >> 28, counter[0] & (2**28 - 1))
+    got = words(
+        signed(key[0] | key[1] << 32, 64),
+        signed(counter[2] | counter[3] << 32, 64),
+        signed(counter[1], 32),
+        counter[0] >> 28,
+        counter[0] & (2**28 - 1),
+    )
     assert got == (want[1], want[0] >> 11)
 
 
@@ -318,7 +324,7 @@ def test_penalties_of_each_path_of_a_tree(isa):
     biases[6][11] = -INF
     cu = i32(*np.cumsum([0, *map(len, histories)]).tolist())
     bias = (i32(*(t for b in biases for t in b)), f32(*(v for b in biases for v in b.values())), i32(*np.cumsum([0, *map(len, biases)]).tolist()))
-    got = penalize(logits.clone(), i32(*sum(histories, [])), cu, *strengths, *bias)
+    got = penalize(logits.clone(), i32(*(t for h in histories for t in h)), cu, *strengths, *bias)
     for row in range(7):
         want = penalized(logits[row], histories[row], *(float(s[row]) for s in strengths), biases[row])
         torch.testing.assert_close(got[row].double(), want, rtol=1e-6, atol=1e-6)

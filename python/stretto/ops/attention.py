@@ -95,7 +95,7 @@ def make_paged(
     head_dim: int = 64,
     page_size: int = 16,
     dtype: torch.dtype = torch.float16,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """(q, k_pages, v_pages, table, cu_q, cached, scale) of sequences with (cached, new) rows; pages are shuffled, unused slots hold NaN.
 
     int8: all arguments of `paged`, the scales of unused slots being NaN.
@@ -125,7 +125,7 @@ def make_paged(
     cu_q = torch.tensor([0, *torch.tensor([n for _, n in lengths]).cumsum(0).tolist()] if lengths else [0], dtype=torch.int32)
     q = make.randn(int(cu_q[-1]), heads, head_dim)
     cached = torch.tensor([c for c, _ in lengths], dtype=torch.int32)
-    return q, k_pages, v_pages, table, cu_q, cached, head_dim**-0.5, *((None,) * 4 if scales else ()), *scales  # type: ignore[return-value]
+    return q, k_pages, v_pages, table, cu_q, cached, head_dim**-0.5, *((None,) * 4 if scales else ()), *scales
 
 
 def _tree_arguments(make: Make, cached: list[int], parents: list[list[int]], window: int | None = None, **shape: Any) -> tuple[Any, ...]:
@@ -148,8 +148,8 @@ def _cases(make: Make) -> Iterator[Case]:
     for heads, kv_heads, head_dim in [(4, 4, 64), (8, 1, 80), (2, 1, 96), (6, 2, 128), (4, 1, 256)]:
         yield Case(f"heads-{heads}-{kv_heads}-{head_dim}", make_paged(make, [(20, 5), (0, 33)], heads=heads, kv_heads=kv_heads, head_dim=head_dim))
     for page_size, heads, kv_heads, head_dim in [(16, 4, 1, 64), (7, 3, 3, 80), (1, 8, 1, 128)]:
-        shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-        yield Case(f"int8-{page_size}-{heads}-{kv_heads}-{head_dim}", make_paged(make, ragged, page_size=page_size, dtype=torch.int8, **shape))  # type: ignore[arg-type]
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        yield Case(f"int8-{page_size}-{heads}-{kv_heads}-{head_dim}", make_paged(make, ragged, page_size=page_size, dtype=torch.int8, **shape))
     chain, star, bush = [-1, 0, 1, 2, 3], [-1, 0, 0, 0], [-1, 0, 0, 1, 1, 2, 4]
     for dtype in (torch.float16, torch.int8):
         yield Case(f"trees-{dtype}", _tree_arguments(make, [30, 0, 255], [chain, star, bush], dtype=dtype))
