@@ -192,9 +192,7 @@ register(
 )  # fmt: skip
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, out: Tensor | None = None, num_rows: Tensor | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, out: Tensor | None = None, num_rows: Tensor | None = None) -> Tensor:
     """Shift each row to mean 0 and scale it to variance 1, then scale and shift its columns.
 
     Args:
@@ -213,9 +211,7 @@ def layer_norm(
     return _layer_norm(x, weight, bias, eps, out=out, num_rows=num_rows)
 
 
-def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, out: Tensor | None = None, num_rows: Tensor | None = None
-) -> Tensor:
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, out: Tensor | None = None, num_rows: Tensor | None = None) -> Tensor:
     check_tensors(
         "layer_norm", x=(x, "rows width", FLOATS), weight=(weight, "width", F32), bias=(bias, "width", F32), out=(out, "rows width", dtype_as(x)),
         num_rows=(num_rows, "1", I32),
