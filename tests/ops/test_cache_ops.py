@@ -12,6 +12,8 @@ from torch import Tensor
 from tests.ops.fuzzing import Arena
 from tests.oracle import same_bits
 
+pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native module is not built")
+
 SHAPES = [(3, 9, 2, 64, 16), (1, 40, 3, 80, 1), (5, 6, 1, 32, 7), (2, 4, 2, 16, 64), (1, 3, 1, 48, 256)]
 
 
@@ -106,7 +108,6 @@ def test_a_wrong_id_leaves_the_cache_as_it_was(op, isa):
             assert all(same_bits(a, b) for a, b in zip(cache[:2], before[:2], strict=True))
 
 
-@pytest.mark.skipif(_backend._C is None, reason="only the native module is given raw memory")
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 def test_memory_beside_the_cache_is_not_touched(dtype, isa):
     for at_end in (True, False):

@@ -15,6 +15,8 @@ from torch import Tensor
 from tests.ops.fuzzing import Arena
 from tests.oracle import same_bits
 
+pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native module is not built")
+
 NAN = float("nan")
 EXACT = ("F32", "F16", "BF16")
 
@@ -222,7 +224,6 @@ def test_padding_rows_of_a_packed_matrix_are_not_results(isa):
         assert frame[:, 5:].isnan().all()
 
 
-@pytest.mark.skipif(_backend._C is None, reason="only the native module is given raw memory")
 def test_memory_beside_the_tensors_is_not_touched(isa):
     for format in FORMATS:
         k = max(FORMATS[format].block, 32)

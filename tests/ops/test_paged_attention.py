@@ -17,6 +17,8 @@ from tests.ops.fuzzing import Arena
 from tests.ops.paging import NAN, Seq, arguments, attend, make_seq
 from tests.oracle import same_bits
 
+pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native module is not built")
+
 PAGE_SIZES = (1, 7, 16, 64, 256)
 HEADS = [(2, 2, 64), (3, 1, 96), (8, 2, 80), (8, 1, 128), (1, 1, 256)]  # groups of 1, 3, 4, 8
 
@@ -201,15 +203,13 @@ def test_rows_of_no_sequence_are_left_alone(isa):
     attention.paged(**args, out=out)
     assert same_bits(out[:14], want)
     assert out[14:].isnan().all()
-    if _backend._C is not None:
-        out.fill_(NAN)
-        args["cu_q"][2], args["table"][1] = -7, -9  # of sequences that are not in use
-        attention.paged(**args, out=out, num_seqs=torch.tensor([1], dtype=torch.int32))
-        assert same_bits(out[:5], want[:5])
-        assert out[5:].isnan().all()
+    out.fill_(NAN)
+    args["cu_q"][2], args["table"][1] = -7, -9  # of sequences that are not in use
+    attention.paged(**args, out=out, num_seqs=torch.tensor([1], dtype=torch.int32))
+    assert same_bits(out[:5], want[:5])
+    assert out[5:].isnan().all()
 
 
-@pytest.mark.skipif(_backend._C is None, reason="only the native module records")
 def test_a_replayed_step_reads_its_numbers_anew_and_survives_any(isa):
     """Values that were checked when the step was recorded may be anything when it is replayed; the memory ends at guard pages."""
     seqs = [make_seq(1, 30, 5, dtype=torch.float16), make_seq(2, 9, 6, dtype=torch.float16, parent=parents("binary", 6))]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import stretto.ops as ops
 import torch
+from stretto.ops import _backend
 from stretto.ops._check import FLOATS
 from stretto.ops.norm import add_rms_norm, gather_rows, layer_norm, rms_norm
 from torch import Tensor
 
 from tests.oracle import same_bits
+
+pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native module is not built")
 
 NAN = float("nan")
 WIDTHS = (1, 15, 16, 17, 63, 64, 65, 576, 2049)

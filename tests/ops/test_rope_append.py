@@ -15,6 +15,8 @@ from torch import Tensor
 from tests.ops.fuzzing import Arena
 from tests.oracle import same_bits
 
+pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native module is not built")
+
 NAN = float("nan")
 
 
@@ -258,7 +260,6 @@ def test_strided_rows(isa):
     assert all(same_bits(a, b) for a, b in zip(setup.at(pools, slots), setup.at(want_pools, slots), strict=True))
 
 
-@pytest.mark.skipif(_backend._C is None, reason="only the native module records")
 def test_a_replayed_step_survives_any_numbers(isa):
     """Positions and slots were checked when the step was recorded; at replay they may be anything. The memory ends at guard pages."""
     setup = Setup(dtype=torch.float16, pages=2)

@@ -16,6 +16,8 @@ from torch import Tensor
 from tests.ops.fuzzing import Arena
 from tests.oracle import same_bits
 
+pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native module is not built")
+
 NAN, INF = float("nan"), float("inf")
 WIDTHS = (1, 15, 16, 17, 255, 256, 257, 1000, 4099)
 
@@ -358,7 +360,6 @@ def test_rows_left_alone_by_penalties(isa):
     assert frame[:, 48:].isnan().all()
 
 
-@pytest.mark.skipif(_backend._C is None, reason="only the native module is given raw memory")
 def test_unchecked_penalties_survive_any_numbers(isa):
     """checked=True: the caller vouches, and where it is wrong nothing outside the tensors is touched."""
     logits, history, bias_ids, bias_values = (Arena().place(t, True) for t in (torch.randn(2, 40), i32(*range(9)), i32(1, 2, 3), f32(1, 2, 3)))

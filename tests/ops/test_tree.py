@@ -16,6 +16,8 @@ from torch import Tensor
 from tests.ops.fuzzing import Arena
 from tests.oracle import same_bits
 
+pytestmark = pytest.mark.skipif(_backend._C is None, reason="the native module is not built")
+
 NAN, INF = float("nan"), float("inf")
 KINDS = ("chain", "star", "binary", "random", "deep")
 POISON = (2**31 - 1, -(2**31), -7)  # behind the nodes in use
@@ -216,7 +218,6 @@ def test_malformed_trees_in_captured_steps_say_so_and_leave_others_alone(isa):
             assert (out[0][1] == -1).all()
 
 
-@pytest.mark.skipif(_backend._C is None, reason="only the native module is given raw memory")
 def test_memory_beside_the_trees_is_not_touched(isa):
     """Sizes, parents and tokens of any value, in memory that ends at guard pages; outputs given, so that nothing is raised."""
     tokens, parent, n = (Arena().place(t, True) for t in batch([66, 3, 66], 66, "random"))
