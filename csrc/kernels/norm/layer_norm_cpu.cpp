@@ -51,9 +51,8 @@ void layer_norm(const LayerNormParams& p) {
   const int64_t grain = 16384 / (p.width + 1) + 1;  // about 64 KB of floats a task: several times the hand-over
   dispatch_float(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    parallel_for(0, rows, grain, [&](int64_t row) {
-      layer_norm_row(p, static_cast<const T*>(p.x) + row * p.x_stride, static_cast<T*>(p.out) + row * p.out_stride);
-    });
+    parallel_for(0, rows, grain,
+                 [&](int64_t row) { layer_norm_row(p, static_cast<const T*>(p.x) + row * p.x_stride, static_cast<T*>(p.out) + row * p.out_stride); });
   });
 }
 
