@@ -95,16 +95,16 @@ def test_strided_ids(isa):
     assert all(same_bits(a, b) for a, b in zip(rows_of(cache), rows_of(same), strict=True))
 
 
-@pytest.mark.parametrize("op", [copy_pages, move_rows])
-def test_a_wrong_id_leaves_the_cache_as_it_was(op, isa):
-    limit = 9 * (16 if op is move_rows else 1)
+@pytest.mark.parametrize("move", [copy_pages, move_rows])
+def test_a_wrong_id_leaves_the_cache_as_it_was(move, isa):
+    limit = 9 * (16 if move is move_rows else 1)
     for bad in (-2, limit, -(2**31), 2**31 - 1):
         for place in (0, 1):
             cache, before = make_cache(SHAPES[0], torch.float16), make_cache(SHAPES[0], torch.float16)
             pair = [ids([1, 2, 3]), ids([4, 5, 6])]
             pair[place][2] = bad
-            with pytest.raises(ValueError, match=f"{op.__name__}: {('src', 'dst')[place]}: {bad}"):
-                op(cache[0], cache[1], *pair)
+            with pytest.raises(ValueError, match=f"{move.__name__}: {('src', 'dst')[place]}: {bad}"):
+                move(cache[0], cache[1], *pair)
             assert all(same_bits(a, b) for a, b in zip(cache[:2], before[:2], strict=True))
 
 
