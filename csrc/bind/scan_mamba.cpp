@@ -49,7 +49,7 @@ void causal_conv1d(TensorView x, TensorView weight, OptionalTensor bias, bool si
   require_vector(bias, op, "bias", DType::f32, channels);
   require_tensor(cu_seqlens, op, "cu_seqlens", DType::i32, {-1});
   if (initial) require_state(*initial, op, "initial", {batch, channels, width - 1});
-  require_rows(y, op, "y", x.dtype, {tokens, channels});
+  require_rows(y, op, "out", x.dtype, {tokens, channels});
   require_tensor(final, op, "final", DType::f32, {batch, channels, width - 1});
   CausalConv1dParams p{.x = x.data(),
                        .weight = weight.data<float>(),
@@ -82,7 +82,7 @@ void causal_conv1d_step(TensorView x, TensorView state, TensorView weight, Optio
   require_vector(bias, op, "bias", DType::f32, channels);
   require_state(state, op, "state", {-1, channels, width - 1});
   require_vector(parent, op, "parent", DType::i32, tokens);
-  require_rows(y, op, "y", x.dtype, {tokens, channels});
+  require_rows(y, op, "out", x.dtype, {tokens, channels});
   CausalConv1dStepParams p{.x = x.data(),
                            .state = state.data<float>(),
                            .weight = weight.data<float>(),
@@ -178,7 +178,7 @@ void selective_scan(TensorView u, TensorView dt, TensorView a, TensorView b, Ten
                         .y_stride = y.strides[0],
                         .h0_strides = {}};
   require_tensor(cu_seqlens, op, "cu_seqlens", DType::i32, {-1});
-  require_rows(y, op, "y", u.dtype, {p.in.tokens, p.in.channels});
+  require_rows(y, op, "out", u.dtype, {p.in.tokens, p.in.channels});
   require_tensor(h_last, op, "h_last", DType::f32, {p.batch, p.in.channels, p.in.states});
   if (h0) require_state(*h0, op, "h0", {p.batch, p.in.channels, p.in.states});
   for (int i = 0; i < 3; ++i) p.h0_strides[i] = h0 ? h0->strides[i] : 0;
@@ -202,7 +202,7 @@ void selective_scan_step(TensorView state, TensorView u, TensorView dt, TensorVi
                                   .update = update && !parent};
   require_state(state, op, "state", {-1, p.in.channels, p.in.states});
   require_vector(parent, op, "parent", DType::i32, p.in.tokens);
-  require_rows(y, op, "y", u.dtype, {p.in.tokens, p.in.channels});
+  require_rows(y, op, "out", u.dtype, {p.in.tokens, p.in.channels});
   launch(op, selective_scan_step_cpu, p);
 }
 

@@ -71,7 +71,7 @@ def check_attention(
     )  # fmt: skip
     heads, kv_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     check(head_dim > 0, f"{op}: q: head_dim 0, expected at least 1")
-    check(kv_heads > 0 and heads % kv_heads == 0, f"{op}: q: {heads} heads, expected a multiple of the {kv_heads} in k")
+    check(kv_heads > 0 and heads > 0 and heads % kv_heads == 0, f"{op}: q: {heads} heads, expected a positive multiple of the {kv_heads} in k")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap: {softcap}, expected above 0")
     if scale is not None and not math.isfinite(scale):

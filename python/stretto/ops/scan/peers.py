@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.functional import softplus as plus
 def _module(name: str, package: str) -> Any:
     """An installed module; the bench shows the message where there is none."""
     try:
-        return __import__(name, fromlist=["_"])
+        return importlib.import_module(name)
     except ImportError as error:
         raise NotImplementedError(f"{package} is not installed ({error})") from error
 
