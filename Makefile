@@ -37,6 +37,11 @@ cuda: $(VENV)/.package
 	cmake --build build-cuda --target _cuda -j $(JOBS)
 	python tests/cuda_shim/report.py build-cuda build/cuda-report.txt
 
+# On a machine with a GPU, on its own Python and torch: no virtual environment, no network. PART=rms_norm: one op or family only.
+# PEERS=dir: a folder of wheels that run beside ours, or that the build needs. Results: bench/results/<device>/.
+gpu:
+	$(PYTHON) bench/gpu.py $(if $(PART),--part $(PART)) $(if $(PEERS),--peers $(PEERS))
+
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stretto needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -88,4 +93,4 @@ bench: build $(VENV)/.test
 	stretto bench ops
 
 clean:
-	rm -rf build build-asan build-cuda dist $(VENV) python/stretto/_C*.so python/stretto/_cuda.so
+	rm -rf build build-asan build-cuda build-gpu dist $(VENV) python/stretto/_C*.so python/stretto/_cuda.so

@@ -184,9 +184,30 @@ def identity_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
         yield f"| {factor.replace('_', ' ')} | {', '.join(f'{value}: {n}' for value, n in sorted(seen.items()))} |"
 
 
+def ops_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Kernels on one machine: time, share of the roofline measured in the same run, ratio to the fastest peer."""
+    machine, entries = document["machine"], document["entries"]
+    yield f"\n## Kernels: {machine.get('device') or machine['cpu']}"
+    yield f"`{document['command']}` ({document['rounds']} rounds); commit {machine['commit']}; file `{name}`. Ratio: fastest peer's time over ours.\n"
+    for limits in document["ceilings"]:
+        yield "Ceilings: " + ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in limits.items() if isinstance(v, float)) + ".\n"
+    yield "| op | case | dtype | µs | share of roofline | ratio | fastest peer | right |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for e in entries:
+        peer = min(e["peers"], key=e["peers"].get) if e["peers"] else "–"
+        ratio = f"{e['ratio']:.2f}×" if e["ratio"] is not None else "–"
+        right = "yes" if e["check"]["ok"] else "**no**"
+        yield f"| {e['op']} | {e['case']} | {e['dtype']} | {e['us']:.1f} | {e['roof_share']:.0%} | {ratio} | {peer} | {right} |"
+
+
+def gpu_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
+    yield f"\n## `make gpu`: {document['device']}"
+    yield f"File `{name}`: " + ", ".join(f"{p['part']} {p['status']} ({p['seconds']:.0f} s)" for p in document["parts"]) + "."
+
+
 SECTIONS = {
-    "decode": decode_section, "divergence": divergence_section, "identity": identity_section, "perplexity": perplexity_section,
-    "speculation": speculation_section, "startup": startup_section,
+    "decode": decode_section, "divergence": divergence_section, "gpu": gpu_section, "identity": identity_section, "ops": ops_section,
+    "perplexity": perplexity_section, "speculation": speculation_section, "startup": startup_section,
 }  # fmt: skip
 
 

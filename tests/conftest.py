@@ -39,6 +39,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`isa`: each instruction set of this machine, and the CUDA shim for tests of the op table or marked with cuda_kernels."""
     if "isa" not in metafunc.fixturenames or any("isa" in m.args[0] for m in metafunc.definition.iter_markers("parametrize")):
         return
+    if metafunc.config.getoption("--device") != "cpu":  # one way only: the kernels of that device
+        metafunc.parametrize("isa", [metafunc.config.getoption("--device")], indirect=True)
+        return
     isas = list(_backend._C.isas()) if _backend._C is not None else ["reference"]
     marker = metafunc.definition.get_closest_marker("cuda_kernels")
     if (marker and SHIM_KERNELS.issuperset(marker.args)) or (SHIM_KERNELS and "op" in metafunc.fixturenames):
@@ -47,11 +50,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The op table's tests run through the shim only for ops whose kernels it has."""
+    """The op table's tests run through the shim, or on a CUDA device, only for ops that have such kernels."""
+    on_cuda = config.getoption("--device") == "cuda"
+    kernels = {SHIM: SHIM_KERNELS, "cuda": _backend.cuda_kernels()[0] if on_cuda else frozenset()}
 
     def has_kernels(item: pytest.Item) -> bool:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return params.get("isa") != SHIM or "op" not in params or SHIM_KERNELS.issuperset(params["op"].kernels)
+        isa = params.get("isa")
+        return isa not in kernels or "op" not in params or kernels[isa].issuperset(params["op"].kernels)
 
     items[:] = [item for item in items if has_kernels(item)]
 
@@ -65,7 +71,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _backend._C.isa()
     if request.param == SHIM:
         _backend._C.route_to_shim(True)
-    else:
+    elif request.param != "cuda":
         _backend._C.set_isa(request.param)
     yield request.param
     _backend._C.route_to_shim(False)

@@ -164,16 +164,16 @@ def test_cuda_library_links_neither_python_nor_torch_and_loads_without_a_driver(
     names, reason = _backend.cuda_kernels()
     assert "rms_norm" in names
     assert reason == ""
-    assert _backend._no_kernel("norm.no_such_op", torch.device("cuda")) == "no CUDA kernel for norm.no_such_op"
-    assert _backend._no_kernel("sampling.argmax", torch.device("meta")) == "no kernels for meta"
+    assert _backend.no_kernel("norm.no_such_op", torch.device("cuda")) == "no CUDA kernel for norm.no_such_op"
+    assert _backend.no_kernel("sampling.argmax", torch.device("meta")) == "no kernels for meta"
 
 
 def test_without_the_cuda_library_the_reason_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(_backend, "CUDA_LIBRARY", tmp_path / "_cuda.so")
     _backend.cuda_kernels.cache_clear()
-    assert "no CUDA kernels in this build" in _backend._no_kernel("rms_norm", torch.device("cuda"))
+    assert "no CUDA kernels in this build" in _backend.no_kernel("rms_norm", torch.device("cuda"))
     (tmp_path / "_cuda.so").write_bytes(b"not a library")
     _backend.cuda_kernels.cache_clear()
     if _backend._C is not None:
-        assert "could not be loaded" in _backend._no_kernel("rms_norm", torch.device("cuda"))
+        assert "could not be loaded" in _backend.no_kernel("rms_norm", torch.device("cuda"))
     _backend.cuda_kernels.cache_clear()

@@ -51,8 +51,8 @@ void walk(TensorView next, TensorView tokens, TensorView parent, TensorView n, T
 }
 
 void require_laws(const TensorView& t, const char* op, const char* argument, int64_t batch, int64_t nodes, int64_t vocab) {
-  require(t.dtype == DType::f32 && t.ndim == 3 && t.shape[0] == batch && t.shape[1] == nodes && t.shape[2] == vocab && t.contiguous(), op,
-          argument, "expected contiguous float32 [batch, nodes, vocab]");
+  require(t.dtype == DType::f32 && t.ndim == 3 && t.shape[0] == batch && t.shape[1] == nodes && t.shape[2] == vocab && t.contiguous(), op, argument,
+          "expected contiguous float32 [batch, nodes, vocab]");
 }
 
 void verify(TensorView p, TensorView q, TensorView tokens, TensorView parent, TensorView n, TensorView seed, TensorView lineage, TensorView pos,

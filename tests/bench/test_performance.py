@@ -64,3 +64,18 @@ def test_unknown_results_are_refused(tmp_path: Path):
 
 def test_the_page_is_up_to_date():
     assert performance.PAGE.read_text() == performance.page(performance.RESULTS)
+
+
+def test_kernels_have_their_section(tmp_path: Path):
+    entry = {"op": "rms_norm", "case": "1 row", "dtype": "bfloat16", "us": 3.2, "roof_share": 0.5, "ratio": 1.25, "peers": {"torch": 4.0, "other": 5.0},
+             "check": {"ok": True}}  # fmt: skip
+    document = {"kind": "ops", "command": "stretto bench ops", "rounds": 7, "machine": {"device": "NVIDIA X", "commit": "abc"},
+                "ceilings": [{"device": "NVIDIA X", "copy_gb_per_s": 4000.0}], "entries": [entry, entry | {"peers": {}, "ratio": None}]}  # fmt: skip
+    folder = tmp_path / "bench" / "results" / "nvidia-x"
+    folder.mkdir(parents=True)
+    (folder / "ops.json").write_text(json.dumps(document))
+    (folder / "gpu.json").write_text(json.dumps({"kind": "gpu", "device": "NVIDIA X", "parts": [{"part": "build", "status": "ok", "seconds": 9}]}))
+    text = performance.page(tmp_path / "bench" / "results")
+    assert "| rms_norm | 1 row | bfloat16 | 3.2 | 50% | 1.25× | torch | yes |" in text
+    assert "| rms_norm | 1 row | bfloat16 | 3.2 | 50% | – | – | yes |" in text
+    assert "build ok (9 s)" in text

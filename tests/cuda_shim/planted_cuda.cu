@@ -77,6 +77,32 @@ __global__ void copy_not_awaited_kernel(const PlantedParams p) {
   cp_async_wait<0>();
 }
 
+// Not planted: out [16, 8] = A [16, 16] B [16, 8] through cp.async, ldmatrix and mma.sync; in holds A, then B transposed, as floats.
+__global__ void product_kernel(const PlantedParams p) {
+  struct Shared {
+    float raw[16 * 16 + 8 * 16];
+    bfloat16_t a[16][16], b[16][8];
+  };
+  Shared& s = *shared_memory<Shared>();
+  for (int i = threadIdx.x; i < 96; i += 32) cp_async<16>(s.raw + 4 * i, p.in + 4 * i);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  for (int i = threadIdx.x; i < 256; i += 32) s.a[i / 16][i % 16] = from_float<bfloat16_t>(s.raw[i]);
+  for (int i = threadIdx.x; i < 128; i += 32) s.b[i % 16][i / 16] = from_float<bfloat16_t>(s.raw[256 + i]);
+  __syncthreads();
+  uint32_t a[4], b[4];
+  const int lane = threadIdx.x;
+  ldmatrix_x4<false>(a, &s.a[lane % 16][lane / 16 * 8]);
+  ldmatrix_x4<true>(b, &s.b[lane % 16][0]);
+  float c[4] = {};
+  mma_m16n8k16<bfloat16_t>(c, a, {b[0], b[1]});
+  for (int i = 0; i < 4; ++i) p.out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = c[i];
+}
+void product_cuda(const PlantedParams& p, cudaStream_t stream) {
+  launch_kernel<product_kernel>({.grid = 1, .block = 32, .smem_bytes = 2304, .stream = stream}, p);
+}
+
 template <auto kKernel> void run(const PlantedParams& p, cudaStream_t stream, unsigned blocks = 1) {
   launch_kernel<kKernel>({.grid = blocks, .block = unsigned(p.threads), .smem_bytes = size_t(p.threads) * 4, .stream = stream}, p);
 }
@@ -87,6 +113,7 @@ template <auto kKernel> void run(const PlantedParams& p, cudaStream_t stream, un
   void name##_cuda(const PlantedParams& p, cudaStream_t stream) { run<name##_kernel>(p, stream, blocks); } \
   STRETTO_CUDA_KERNEL(name, PlantedParams)
 
+STRETTO_CUDA_KERNEL(product, PlantedParams)
 STRETTO_PLANTED(right, 1)
 STRETTO_PLANTED(missing_barrier, 1)
 STRETTO_PLANTED(race, 1)

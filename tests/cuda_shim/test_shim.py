@@ -84,6 +84,15 @@ def test_a_right_kernel_is_right_in_every_order(planted):
         assert same_bits(out, values.roll(-1))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_tensor_core_instructions_multiply(planted, order: int):
+    gen = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=gen).bfloat16().float() for shape in ((16, 16), (16, 8)))
+    out = torch.full((16, 8), torch.nan)
+    planted["product"](out, torch.cat((a.flatten(), b.t().flatten())), order)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["missing_barrier", "race", "block_race", "copy_not_awaited"])
 def test_what_depends_on_the_order_is_seen(planted, name: str):
     first, *others = results(planted[name])

@@ -22,10 +22,20 @@ def call(function, case: Case, convert=lambda values: values):
     return [r for r in results if isinstance(r, Tensor)] + list(tensors_of(Case("", args, kwargs)))
 
 
+def to_device(values, device: torch.device):
+    """The same arguments with every tensor on the device, strides kept."""
+    if isinstance(values, Tensor):
+        return torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=device).copy_(values)
+    if isinstance(values, tuple | list):
+        return type(values)(to_device(v, device) for v in values)
+    return {k: to_device(v, device) for k, v in values.items()} if isinstance(values, dict) else values
+
+
 @pytest.mark.parametrize(("op", "case"), LEGAL)
-def test_matches_reference(op, case: Case, isa):
+def test_matches_reference(op, case: Case, isa, device):
     oracle = call(op.reference, case, to_double)
-    assert_close_to_oracle(call(op.function, case), oracle, call(op.reference, case), times=op.tolerance)
+    got = call(op.function, case) if device.type == "cpu" else [t.cpu() for t in call(op.function, case, lambda v: to_device(v, device))]
+    assert_close_to_oracle(got, oracle, call(op.reference, case), times=op.tolerance)
 
 
 @pytest.mark.parametrize(("op", "case"), LEGAL)

@@ -13,8 +13,7 @@ __global__ void __launch_bounds__(kBlock) gather_rows_kernel(const GatherRowsPar
   const bool in_range = row >= 0 && row < p.num_x;
   const float* x = p.x + (in_range ? row * p.x_stride : 0);
   for (int64_t at = int64_t(threadIdx.x) * kPack<float>; at < p.width; at += kBlock * kPack<float>)
-    store_pack(p.out + i * p.out_stride, at, p.width, whole_packs,
-               in_range ? load_pack(x, at, p.width, whole_packs) : Pack<float, kPack<float>>{});
+    store_pack(p.out + i * p.out_stride, at, p.width, whole_packs, in_range ? load_pack(x, at, p.width, whole_packs) : Pack<float, kPack<float>>{});
 }
 
 }  // namespace

@@ -51,8 +51,7 @@ __global__ void __launch_bounds__(kBlock) draw_kernel(const DrawParams p) {
   int32_t token = -1;
   if (total > 0) {
     if (p.gumbel) token = draw_gumbel(p, row, w, s);
-    else
-      token = inverse_cdf(p.width, total, uniform53(noise_block(p.seed[row], p.lineage[row], p.pos[row], p.purpose, 0)), weight, s.sums);
+    else token = inverse_cdf(p.width, total, uniform53(noise_block(p.seed[row], p.lineage[row], p.pos[row], p.purpose, 0)), weight, s.sums);
   }
   if (threadIdx.x == 0) p.out[row] = token;
 }

@@ -38,7 +38,8 @@ template <int kThreads, class F> __device__ __forceinline__ double run_sums(int6
 }
 
 // After run_sums gave total > 0: the first index whose running sum exceeds u * total, u in [0, 1); an index of positive weight always.
-template <int kThreads, class F> __device__ __forceinline__ int32_t inverse_cdf(int64_t n, double total, double u, const F& weight, RunSums<kThreads>& s) {
+template <int kThreads, class F> __device__ __forceinline__ int32_t inverse_cdf(int64_t n, double total, double u, const F& weight,
+                                                                                RunSums<kThreads>& s) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t run = run_length<kThreads>(n), begin = warp * run, end = begin + run < n ? begin + run : n;
   const double target = u * total;

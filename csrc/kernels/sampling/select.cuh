@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t ordered_key(float x) {
 
 struct CutShared {
   Weight bins[256];
-  Weight before;   // weight above the digit found
+  Weight before;  // weight above the digit found
   uint32_t digit;
   int equals[kWarp];  // per warp, of the chunk that is scanned
 };

@@ -82,7 +82,7 @@ __device__ __forceinline__ int32_t step(const VerifyParams& p, int64_t b, int32_
   return 0;
 }
 
-__global__ void __launch_bounds__(kBlock) verify_kernel(const VerifyParams p) {
+__global__ void __launch_bounds__(kBlock, 1) verify_kernel(const VerifyParams p) {
   Shared& s = *shared_memory<Shared>();
   const int64_t b = blockIdx.x;
   int32_t* path = p.path + b * p.nodes;

@@ -28,8 +28,12 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything `stretto doctor` says, as plain data."""
+    import torch
+
+    import stretto.ops  # noqa: F401  fills the table
     from stretto.cli.bench import ceilings, machine
     from stretto.ops import _backend, num_threads
+    from stretto.ops.table import OPS, missing_on_cuda
 
     native = _backend._C
     about = machine.describe()
@@ -45,6 +49,11 @@ def examine() -> dict[str, Any]:
             "file": getattr(native, "__file__", None),
             "isa": native.isa() if native is not None else None,
             "isas": list(native.isas()) if native is not None else [],
+        },
+        "cuda": {
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "reason": _backend.cuda_kernels()[1],
+            "ops": [op.name for op in OPS.values() if not missing_on_cuda(op)],
         },
         "threads": {
             "used": threads,
@@ -109,6 +118,9 @@ def _show(report: dict[str, Any]) -> None:
         console.print(f"native module: {native['file']}, runs {native['isa']} of {', '.join(native['isas'])}")
     else:
         console.print(f"[yellow]no native module, the slow reference runs[/yellow]: {native['reason']}")
+    cuda = report["cuda"]
+    gpu = cuda["gpu"] or "torch finds no GPU"
+    console.print(f"CUDA: {gpu}; " + (f"[yellow]{cuda['reason']}[/yellow]" if cuda["reason"] else f"kernels for {', '.join(cuda['ops'])}"))
     quota = "none" if cpus["cgroup"] is None else f"{cpus['cgroup']:g}"
     console.print(
         f"threads: {threads['used']} used, {threads['available']} available (machine {cpus['machine']}, affinity {cpus['affinity']}, cgroup {quota})"

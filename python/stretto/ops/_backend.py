@@ -69,7 +69,7 @@ def cuda_kernels() -> tuple[frozenset[str], str]:
     return (frozenset(names), "") if target == "cuda" else (frozenset(), f"{CUDA_LIBRARY.name} holds kernels for {target}")
 
 
-def _no_kernel(op: str, device: torch.device) -> str:
+def no_kernel(op: str, device: torch.device) -> str:
     """Why `op` has no kernel for tensors on `device`; "" where it has."""
     if device.type != "cuda":
         return f"no kernels for {device.type}"
@@ -101,7 +101,7 @@ def use_reference(op: str, *tensors: Tensor | None) -> bool:
     else:
         for t in tensors:
             if t is not None and not t.is_cpu:
-                reason = _no_kernel(op, t.device)
+                reason = no_kernel(op, t.device)
                 break
         else:
             return False

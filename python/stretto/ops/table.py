@@ -165,6 +165,16 @@ def register(
     )  # fmt: skip
 
 
+def missing_on_cuda(op: Op) -> str:
+    """Why `op` would run its reference on CUDA tensors; "" where it has kernels."""
+    return _backend.no_kernel(op.name, torch.device("cuda"))
+
+
+def cuda_missing_reason() -> str:
+    """Why this build has no CUDA kernels; "" where it has some."""
+    return _backend.cuda_kernels()[1]
+
+
 def native_available() -> bool:
     """Whether `_C` is loaded."""
     return _backend._C is not None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stretto.cli.bench.device import moved
 from stretto.ops.table import Case, Op
 
 
@@ -26,9 +27,9 @@ class Agreement:
     problem: str = ""
 
 
-def agree(op: Op, case: Case) -> Agreement:
-    """Run op and reference on copies of the case; compare what they return and what they wrote into their arguments."""
-    got = outcome(op.function, case)
+def agree(op: Op, case: Case, device: str = "cpu") -> Agreement:
+    """Run op, on `device`, and reference, on the CPU, on copies of the case; compare what they return and what they wrote into their arguments."""
+    got = [t.cpu() for t in outcome(op.function, Case(case.id, *moved((case.args, dict(case.kwargs)), device)))]
     plain = outcome(op.reference, case)
     exact = outcome(op.reference, Case(case.id, _double(case.args), _double(dict(case.kwargs))))
     if len(got) != len(exact):

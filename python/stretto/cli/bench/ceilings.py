@@ -26,6 +26,15 @@ class Ceilings:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def bandwidth(self) -> float:
+        """GB/s."""
+        return self.read_gb_per_s
+
+    def peak(self, family: str, dtype: torch.dtype | None) -> float:
+        """Gop/s. Products with block weights may use int8 arithmetic: their peak is the int8 one."""
+        return max(self.f32_gflops, self.int8_gops or 0.0) if family == "quant" else self.f32_gflops
+
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:

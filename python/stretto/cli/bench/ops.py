@@ -6,6 +6,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from stretto.cli.bench.agreement import agree
 from stretto.cli.bench.ceilings import Ceilings, torch_threads
+from stretto.cli.bench.device import DeviceCeilings, DeviceRunner, moved
 from stretto.cli.bench.ratios import paired_ratio, rotated
-from stretto.ops.table import OPS, Case, Cost, Make, Op
+from stretto.ops.table import OPS, Case, Cost, Make, Op, missing_on_cuda
 
 COLD_BYTES = 96 << 20  # of copies that calls take turns on: past the caches, as weights and KV pages are in a model
 MAX_COPIES = 64
@@ -23,71 +25,99 @@ ROUND_SECONDS = 0.01  # one sample repeats the call for about this long: far abo
 OURS, REFERENCE = "stretto", "reference"
 
 
-def chosen(name: str | None) -> list[Op]:
-    """Ops by name or family; None: all. Raises ValueError listing what there is."""
-    ops = [op for op in OPS.values() if name in (None, op.name, op.family)]
-    if not ops:
-        raise ValueError(f"bench ops: name: {name!r}, expected an op or family: {', '.join(sorted({*OPS, *(op.family for op in OPS.values())}))}")
-    return ops
+def chosen(names: Sequence[str]) -> list[Op]:
+    """Ops by names of ops or families; none: all. Raises ValueError listing what there is."""
+    known = {*OPS, *(op.family for op in OPS.values())}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"bench ops: name: {name!r}, expected an op or family: {', '.join(sorted(known))}")
+    return [op for op in OPS.values() if not names or op.name in names or op.family in names]
 
 
-def run(ops: Sequence[Op], threads: int, rounds: int, ceilings: Ceilings, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One entry for each op and bench shape, slow results included."""
+@dataclass(frozen=True)
+class Choice:
+    """What is timed: cases of one dtype or any; these peers, or all (None), where the reference counts as one."""
+
+    dtype: torch.dtype | None = None
+    peers: tuple[str, ...] | None = None
+    rounds: int = 7
+
+
+def run(ops: Sequence[Op], choice: Choice, ceilings: Ceilings | DeviceCeilings, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """One entry for each op and bench shape, slow results included. An op that cannot run on the device is said, and left out."""
     from stretto.ops import num_threads, set_num_threads
 
     before = num_threads()
+    threads = ceilings.threads if isinstance(ceilings, Ceilings) else before
     set_num_threads(threads)
     try:
         with torch_threads(threads), torch.inference_mode():
             entries = []
             for op in ops:
+                if isinstance(ceilings, DeviceCeilings) and (reason := missing_on_cuda(op)):
+                    say(f"{op.name}: {reason}")
+                    continue
                 for case in op.bench_cases(Make()):
-                    entries.append(measure(op, case, rounds, ceilings))
-                    say(line(entries[-1]))
+                    if choice.dtype is None or dtype_of(case) == choice.dtype:
+                        entries.append(measure(op, case, choice, ceilings))
+                        say(line(entries[-1]))
             return entries
     finally:
         set_num_threads(before)
 
 
-def measure(op: Op, case: Case, rounds: int, ceilings: Ceilings) -> dict[str, Any]:
+def dtype_of(case: Case) -> torch.dtype | None:
+    """Of the first floating tensor: what the op computes in; of the first tensor where all hold integers."""
+    dtypes = [t.dtype for t in _tensors(case)]
+    return next((d for d in dtypes if d.is_floating_point), dtypes[0] if dtypes else None)
+
+
+def measure(op: Op, case: Case, choice: Choice, ceilings: Ceilings | DeviceCeilings) -> dict[str, Any]:
     """Check the output, then time ours, the reference and the peers in turn."""
-    verdict = agree(op, case)
+    on_cuda = isinstance(ceilings, DeviceCeilings)
     cost = op.cost(*case.args, **case.kwargs)
+    dtype = dtype_of(case)
+    verdict = agree(op, case, "cuda" if on_cuda else "cpu")
     entry: dict[str, Any] = {
-        "op": op.name, "family": op.family, "case": case.id, "bound": op.bound, "threads": ceilings.threads,
-        "bytes": cost.bytes, "flops": cost.flops,
+        "op": op.name, "family": op.family, "case": case.id, "dtype": str(dtype).removeprefix("torch."),
+        "device": ceilings.device if isinstance(ceilings, DeviceCeilings) else "cpu", "bound": op.bound,
+        "threads": None if isinstance(ceilings, DeviceCeilings) else ceilings.threads, "bytes": cost.bytes, "flops": cost.flops,
         "check": {"ok": verdict.ok, "error": verdict.error, "allowed": verdict.allowed, "problem": verdict.problem},
     }  # fmt: skip
-    copies = [copy.deepcopy((case.args, dict(case.kwargs))) for _ in range(_copies(case))]
-    runs: dict[str, Runner] = {}
+    given = moved((case.args, dict(case.kwargs)), "cuda") if on_cuda else (case.args, dict(case.kwargs))
+    copies = [copy.deepcopy(given) for _ in range(_copies(case))]
+    runs: dict[str, Runner | DeviceRunner] = {}
     refused: dict[str, str] = {}
     for name, function in {OURS: op.function, REFERENCE: op.reference, **op.peers}.items():
+        if name != OURS and choice.peers is not None and name not in choice.peers:
+            continue
         try:
-            runs[name] = Runner(function, copies)
+            runs[name] = (DeviceRunner if on_cuda else Runner)(function, copies)
         except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:  # a peer not installed, or without this shape
             if name == OURS:
                 raise
             refused[name] = str(error).splitlines()[0]
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds):
+    for turn in range(choice.rounds):
         for name in rotated(list(runs), turn):
             samples[name].append(runs[name].seconds())
-    best_peer = min((n for n in runs if n not in (OURS, REFERENCE)), key=lambda n: median(samples[n]), default=None)
-    ratios = {name: paired_ratio(samples[OURS], samples[name]).to_dict() for name in runs if name != OURS}
+    peers = {name: median(times) * 1e6 for name, times in samples.items() if name not in (OURS, REFERENCE)}
+    ours = median(samples[OURS])
     return entry | {
+        **share(cost, ours, op.family, dtype, ceilings),
+        "peers": peers,
+        "ratio": min(peers.values()) / (ours * 1e6) if peers else None,
         "seconds": samples,
-        "ratios": ratios,
-        "best_peer": best_peer,
+        "ratios": {name: paired_ratio(samples[OURS], samples[name]).to_dict() for name in runs if name != OURS},
+        "modes": {name: r.mode for name, r in runs.items() if isinstance(r, DeviceRunner)},
         "refused": refused,
-        **share(cost, median(samples[OURS]), op.family, ceilings),
     }
 
 
-def share(cost: Cost, seconds: float, family: str, ceilings: Ceilings) -> dict[str, float]:
-    """Speed, and the part of the measured roofline it is. Products with block weights may use int8 arithmetic: their peak is the int8 one."""
-    peak = max(ceilings.f32_gflops, ceilings.int8_gops or 0.0) if family == "quant" else ceilings.f32_gflops
-    bound = max(cost.bytes / ceilings.read_gb_per_s, cost.flops / peak) / 1e9
-    return {"us": seconds * 1e6, "gb_per_s": cost.bytes / seconds / 1e9, "gflops": cost.flops / seconds / 1e9, "roofline": bound / seconds}
+def share(cost: Cost, seconds: float, family: str, dtype: torch.dtype | None, ceilings: Ceilings | DeviceCeilings) -> dict[str, float]:
+    """Speed, and the part of the measured roofline it is."""
+    bound = max(cost.bytes / ceilings.bandwidth, cost.flops / ceilings.peak(family, dtype)) / 1e9
+    return {"us": seconds * 1e6, "gb_per_s": cost.bytes / seconds / 1e9, "gflops": cost.flops / seconds / 1e9, "roof_share": bound / seconds}
 
 
 class Runner:
@@ -129,5 +159,5 @@ def line(entry: dict[str, Any]) -> str:
     ratios = ", ".join(f"{r['median']:.2f}x {name} ({r['low']:.2f} to {r['high']:.2f})" for name, r in entry["ratios"].items())
     return (
         f"{entry['op']} {entry['case']}: {entry['us']:.1f} us, {entry['gb_per_s']:.1f} GB/s, {entry['gflops']:.1f} GFLOP/s, "
-        f"{100 * entry['roofline']:.0f} % of roofline; {ratios}{check}"
+        f"{100 * entry['roof_share']:.0f} % of roofline; {ratios}{check}"
     )

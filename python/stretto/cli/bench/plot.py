@@ -13,15 +13,9 @@ def draw(result: Mapping[str, Any], target: Path) -> None:
 
     Raises: ImportError where matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("bench: plot: matplotlib is not installed; `pip install matplotlib`, or leave --plot away") from error
     runs = result["runs"]
-    figure = Figure(figsize=(6.5 * len(runs), 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+    figure, panels = _figure(len(runs))
+    for axes, run in zip(panels, runs, strict=True):
         _roof(axes, run)
         _points(axes, run)
         axes.set(xscale="log", yscale="log", xlabel="operations per byte read", ylabel="Gop/s", title=f"{run['threads']} thread(s)")
@@ -29,6 +23,48 @@ def draw(result: Mapping[str, Any], target: Path) -> None:
         axes.grid(True, which="both", alpha=0.2)
     figure.suptitle(f"{Path(str(result['model'])).stem} on {result['machine']['cpu']}", fontsize="medium")
     figure.savefig(target, dpi=120)
+
+
+def draw_ops(result: Mapping[str, Any], target: Path) -> None:
+    """Write a PNG of `bench ops`: one mark an op and shape, filled for ours, hollow for its fastest peer.
+
+    Raises: ImportError where matplotlib is missing.
+    """
+    figure, panels = _figure(len(result["ceilings"]))
+    families = sorted({e["family"] for e in result["entries"]})
+    for axes, limits in zip(panels, result["ceilings"], strict=True):
+        bandwidth = limits.get("copy_gb_per_s") or limits["read_gb_per_s"]
+        peaks = {k.removesuffix("_gflops").removesuffix("_gops"): v for k, v in limits.items() if v and k.endswith(("_gflops", "_gops"))}
+        for name, peak in peaks.items():
+            intensities = [2.0**i for i in range(-6, 13)]
+            axes.plot(intensities, [min(peak, x * bandwidth) for x in intensities], linewidth=1, label=f"{name} {peak:.0f} G/s, {bandwidth:.0f} GB/s")
+        for i, family in enumerate(families):
+            entries = [e for e in result["entries"] if e["family"] == family and e["flops"] and e["threads"] == limits.get("threads")]
+            intensity = [e["flops"] / e["bytes"] for e in entries]
+            axes.plot(intensity, [e["gflops"] for e in entries], "o", color=f"C{i}", label=family)
+            for e, x in zip(entries, intensity, strict=True):
+                if e["peers"]:
+                    axes.plot(x, e["flops"] / min(e["peers"].values()) / 1e3, "o", mfc="none", color=f"C{i}")
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="Gop/s", title=_panel_title(limits))
+        axes.legend(fontsize="small", loc="lower right")
+        axes.grid(True, which="both", alpha=0.2)
+    figure.savefig(target, dpi=120)
+
+
+def _panel_title(limits: Mapping[str, Any]) -> str:
+    return str(limits.get("device") or f"{limits['threads']} thread(s)")
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    """A figure and its axes, side by side."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("bench: plot: matplotlib is not installed; `pip install matplotlib`, or leave --plot away") from error
+    figure = Figure(figsize=(6.5 * panels, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def _roof(axes: Any, run: Mapping[str, Any]) -> None:

@@ -98,28 +98,51 @@ def decode(
 
 @app.command("ops")
 def ops(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="An op or a family; all by default.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Ops or families; all by default.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Only cases of this type: float32, float16, bfloat16.")] = None,
+    peers: Annotated[
+        str | None, typer.Option("--peers", help="Names of what runs beside ours, 'reference' included; '' for none. Default: all there are.")
+    ] = None,
     threads: ThreadList = None,
     rounds: Rounds = 7,
     out: Out = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a roofline picture (PNG).")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Speed of the kernels beside their references and other libraries, outputs checked first. Exit code 1 where an output is wrong."""
-    from stretto.cli.bench import ceilings, machine
-    from stretto.cli.bench.ops import chosen, run
+    import torch
 
-    selected, counts = chosen(name), _thread_counts(threads)
+    from stretto.cli.bench import ceilings, machine
+    from stretto.cli.bench import device as gpu
+    from stretto.cli.bench.ops import Choice, chosen, run
+    from stretto.ops.table import cuda_missing_reason
+
+    selected = chosen(names or [])
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"bench ops: device: {device!r}, expected cpu or cuda")
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise ValueError(f"bench ops: dtype: {dtype!r}, expected float32, float16 or bfloat16")
     if rounds < 1:
         raise ValueError(f"bench ops: rounds: {rounds}, expected at least 1")
-    _writable(out, None)
-    limits = [ceilings.measure(count) for count in counts]
-    entries = [entry for limit in limits for entry in run(selected, limit.threads, rounds, limit, _speaker(json))]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench ops: device: cuda, but torch finds no GPU")
+    if device == "cuda" and (reason := cuda_missing_reason()):
+        raise ValueError(f"bench ops: device: cuda, but {reason}")
+    choice = Choice(getattr(torch, dtype) if dtype else None, None if peers is None else tuple(p for p in peers.split(",") if p), rounds)
+    _writable(out, plot)
+    limits = [gpu.ceilings()] if device == "cuda" else [ceilings.measure(count) for count in _thread_counts(threads)]
+    entries = [entry for limit in limits for entry in run(selected, choice, limit, _speaker(json))]
     document = {
-        "kind": "ops", "command": _command(), "machine": machine.describe(), "rounds": rounds, "ceilings": [c.to_dict() for c in limits],
-        "entries": entries,
+        "kind": "ops", "command": _command(), "machine": machine.describe() | (gpu.describe() if device == "cuda" else {}), "rounds": rounds,
+        "ceilings": [c.to_dict() for c in limits], "entries": entries,
     }  # fmt: skip
     _deliver(document, out, json)
+    if plot is not None:
+        from stretto.cli.bench.plot import draw_ops
+
+        draw_ops(document, plot)
     if not all(e["check"]["ok"] for e in entries):
         raise typer.Exit(FAILED)
 
