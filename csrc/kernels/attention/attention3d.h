@@ -37,7 +37,7 @@ inline KeySpan seen_along(const GridAxis& a, int64_t i) {
 }
 
 struct Attention3dParams {
-  AttentionTensors t;        // q_len = q_frames * h * w; k_len = rows of k
+  AttentionTensors t;  // q_len = q_frames * h * w; k_len = rows of k
   GridAxis frames, rows, columns;
   const int32_t* frame_index;  // null, or [batch, frames.keys]; k and v have one batch entry then
   const float* rotation;       // null, or [frames.keys * h * w, head_dim]

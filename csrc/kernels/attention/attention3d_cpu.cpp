@@ -13,9 +13,7 @@ struct GridPlan {
 
 static bool is_full(const GridAxis& a) { return !a.causal && (a.window == 0 || a.window == a.keys); }
 
-static GridAxis join(const GridAxis& outer, const GridAxis& inner) {
-  return {outer.queries * inner.queries, outer.keys * inner.keys, 0, 1, false};
-}
+static GridAxis join(const GridAxis& outer, const GridAxis& inner) { return {outer.queries * inner.queries, outer.keys * inner.keys, 0, 1, false}; }
 
 // Queries of a block along an axis. Those that share a window are kept together; else a few neighbours, whose windows mostly overlap.
 static int64_t block_size(const GridAxis& a, int64_t room) {
@@ -60,7 +58,12 @@ struct LineKeys {
 template <class T> class GridBlock {
  public:
   GridBlock(const Attention3dParams& params, const GridPlan& plan, int64_t entry_, int64_t kv_head_, int64_t index, int64_t head_, int64_t heads_)
-      : p(params), g(plan), entry(entry_), kv_head(kv_head_), head(head_), heads(heads_),
+      : p(params),
+        g(plan),
+        entry(entry_),
+        kv_head(kv_head_),
+        head(head_),
+        heads(heads_),
         block(params.t.head_dim, params.t.softcap, params.rotation != nullptr, block_memory<T>(params.t), plan.tile_rows) {
     for (int i = 2; i >= 0; --i) {
       const int64_t b = index % g.blocks[i];
@@ -70,8 +73,6 @@ template <class T> class GridBlock {
       count[i] = left < g.size[i] ? left : g.size[i];
       low[i] = seen_along(g.axis[i], first[i]).begin, high[i] = seen_along(g.axis[i], first[i] + count[i] - 1).end;
     }
-    const KeySpan a = seen_along(g.axis[2], first[2]), z = seen_along(g.axis[2], first[2] + count[2] - 1);
-    whole_vectors = a.begin != z.begin || a.end != z.end;
   }
 
   void attend() {
@@ -104,9 +105,8 @@ template <class T> class GridBlock {
   const GridPlan& g;
   int64_t entry, kv_head, head, heads;
   RowBlock<T> block;
-  int64_t first[3], count[3];       // queries along each axis
-  int64_t low[3], high[3], at[3];   // keys that some query sees; the next one to take
-  bool whole_vectors;               // lines of keys begin at multiples of 16: rows that do not see a line skip it
+  int64_t first[3], count[3];      // queries along each axis
+  int64_t low[3], high[3], at[3];  // keys that some query sees; the next one to take
   LineKeys lines[kSplit];
   int num_lines = 0;
 
@@ -124,8 +124,6 @@ template <class T> class GridBlock {
       lines[num_lines++] = {n, static_cast<int32_t>(take), at[0], at[1], at[2]};
       add_keys(n, (at[0] * g.axis[1].keys + at[1]) * g.axis[2].keys + at[2], take);
       n += static_cast<int>(take);
-      if (whole_vectors)
-        for (; n % kLanes; ++n) block.keys.key[n] = block.keys.key[n - 1], block.keys.value[n] = block.keys.value[n - 1], block.keys.rotation[n] = block.keys.rotation[n - 1];
       if ((at[2] += take) < high[2]) continue;
       at[2] = low[2];
       if (++at[1] < high[1]) continue;

@@ -45,8 +45,7 @@ template <class T> STRETTO_INLINE char* block_memory(const AttentionTensors& t) 
 
 template <class T> STRETTO_INLINE void begin_rows(RowBlock<T>& block, const AttentionTensors& t, const BlockRows& b) {
   block.begin(b.count());
-  for (int r = 0; r < b.count(); ++r)
-    block.set_query(r, static_cast<const T*>(t.q) + t.q_strides.at(b.entry, b.query(r), b.head_of(r)), t.scale);
+  for (int r = 0; r < b.count(); ++r) block.set_query(r, static_cast<const T*>(t.q) + t.q_strides.at(b.entry, b.query(r), b.head_of(r)), t.scale);
 }
 
 template <class T> STRETTO_INLINE void finish_rows(RowBlock<T>& block, const AttentionTensors& t, const BlockRows& b) {
@@ -66,7 +65,8 @@ template <class T> STRETTO_INLINE void set_keys(RowBlock<T>& block, const Attent
     block.keys.value[j] = value + j * t.v_strides.row;
   }
 }
-template <class T> STRETTO_INLINE void set_seen(RowBlock<T>& block, const DenseSequence& s, const Visible& visible, const BlockRows& b, int64_t base) {
+template <class T> STRETTO_INLINE void set_seen(RowBlock<T>& block, const DenseSequence& s, const Visible& visible, const BlockRows& b,
+                                                int64_t base) {
   for (int64_t i = 0; i < b.queries; ++i) {
     const KeyRange k = keys_of(s, visible, b.first - s.q_begin + i);
     const SeenKeys seen = seen_range(k.begin - base, k.end - base);

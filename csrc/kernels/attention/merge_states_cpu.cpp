@@ -9,7 +9,7 @@ struct MergeWeights { float a, b, lse; };
 
 static MergeWeights merge_weights(float lse_a, float lse_b) {
   const float m = lse_a > lse_b || lse_a != lse_a ? lse_a : lse_b;
-  if (m == -__builtin_inff()) return {0.f, 0.f, m};  // (-inf) - (-inf) would be NaN
+  if (m == -__builtin_inff()) return {0.f, 0.f, m};                                                                  // (-inf) - (-inf) would be NaN
   const float ea = lse_a == m ? 1.f : __builtin_expf(lse_a - m), eb = lse_b == m ? 1.f : __builtin_expf(lse_b - m);  // m may be +inf
   const float s = ea + eb;
   return {ea / s, eb / s, m + __builtin_logf(s)};

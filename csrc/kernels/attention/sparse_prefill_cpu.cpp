@@ -84,8 +84,9 @@ void sparse_prefill(const SparsePrefillParams& p) {
       const int64_t end = (block + 1) * p.block < t.q_len ? (block + 1) * p.block : t.q_len;
       for (int64_t first = block * p.block; first < end; first += step)
         for (int64_t h = 0; h < together; h += kMaxRows)
-          attend_rows<T>(p, BlockRows{entry, first, end - first < step ? end - first : step, head + h, together - h < kMaxRows ? together - h : kMaxRows},
-                         head / t.group(), walk_of(p, entry, head, block));
+          attend_rows<T>(
+              p, BlockRows{entry, first, end - first < step ? end - first : step, head + h, together - h < kMaxRows ? together - h : kMaxRows},
+              head / t.group(), walk_of(p, entry, head, block));
     });
   });
 }

@@ -9,8 +9,8 @@
 
 namespace stretto {
 struct VerticalSlashParams {
-  const int32_t* verticals;  // [lists, num_verticals], growing, each in 0 .. k_len - 1
-  const int32_t* slashes;    // [lists, num_slashes], growing, at least 0
+  const int32_t* verticals;            // [lists, num_verticals], growing, each in 0 .. k_len - 1
+  const int32_t* slashes;              // [lists, num_slashes], growing, at least 0
   int32_t *interval_ptr, *column_ptr;  // [lists, blocks + 1]
   int32_t* intervals;                  // null, or [n, 2]
   int32_t* columns;                    // null, or [n]
