@@ -61,6 +61,7 @@ void sparse_prefill(TensorView q, TensorView k, TensorView v, TensorView interva
   require_tensor(columns, kOp, "columns", DType::i32, {-1});
   p.interval_ptr = interval_ptr.data<int32_t>(), p.column_ptr = column_ptr.data<int32_t>();
   p.intervals = intervals.data<int32_t>(), p.columns = columns.data<int32_t>();
+  p.num_intervals = intervals.shape[0], p.num_columns = columns.shape[0];
   require_pointers(interval_ptr, "interval_ptr", p.list_batch * p.list_heads, p.blocks, intervals.shape[0]);
   require_pointers(column_ptr, "column_ptr", p.list_batch * p.list_heads, p.blocks, columns.shape[0]);
   require_lists(p);

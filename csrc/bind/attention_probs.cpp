@@ -26,7 +26,8 @@ void apply_probs(TensorView probs, TensorView v, TensorView out) {
   p.t.batch = probs.shape[0], p.t.heads = probs.shape[1], p.t.q_len = probs.shape[2], p.t.k_len = probs.shape[3];
   p.t.kv_heads = v.shape[2], p.t.head_dim = v.shape[3];
   p.t.v_strides = row_strides(v), p.t.out_strides = row_strides(out);
-  require(v.shape[0] == p.t.batch && v.shape[1] == p.t.k_len && p.t.kv_heads > 0 && p.t.heads % p.t.kv_heads == 0, kOp, "v", "does not match probs");
+  require(v.shape[0] == p.t.batch && v.shape[1] == p.t.k_len && p.t.kv_heads > 0 && p.t.heads > 0 && p.t.heads % p.t.kv_heads == 0, kOp, "v",
+          "does not match probs");
   require(out.shape[0] == p.t.batch && out.shape[1] == p.t.q_len && out.shape[2] == p.t.heads && out.shape[3] == p.t.head_dim, kOp, "out",
           "does not match probs and v");
   require(p.t.q_len < (int64_t(1) << 31) && p.t.k_len < (int64_t(1) << 31), kOp, "probs", "more than 2^31 rows or keys");

@@ -167,3 +167,28 @@ class TestSums:
         mass = attention.sums(q, k, lse)[0].mean(1).unflatten(1, (3, 30)).sum(2)
         assert int(mass.argmax()) == 1
         torch.testing.assert_close(mass.sum(1), torch.ones(1))
+
+
+class TestProbs:
+    def test_output_has_the_bits_of_dense_and_rows_sum_to_one(self, isa):
+        q, k, v = qkv(rows=100, keys=330)
+        out, lse, probs = attention.with_probs(q, k, v, causal=True)
+        want, want_lse = attention.dense(q, k, v, causal=True)
+        assert same_bits(out, want)
+        assert same_bits(lse, want_lse)
+        torch.testing.assert_close(probs.sum(-1), torch.ones(1, 6, 100))
+        assert (probs[0, :, torch.arange(99), torch.arange(231, 330)] == 0).all()  # the key behind each query
+
+    def test_applied_to_its_own_values_they_give_the_output(self, isa):
+        q, k, v = qkv(rows=40, keys=330)
+        out, _, probs = attention.with_probs(q, k, v, causal=True)
+        torch.testing.assert_close(attention.apply_probs(probs, v), out, atol=1e-6, rtol=0)
+
+    def test_a_row_does_not_depend_on_others_and_unweighted_values_are_not_read(self, isa):
+        probs, v = torch.randn(2, 6, 90, 300).relu(), torch.randn(2, 300, 2, 40)
+        want = attention.apply_probs(probs, v)
+        assert same_bits(attention.apply_probs(probs[1:, :, 17:18], v[1:])[0, 0], want[1, 17])
+        probs[..., 70] = 0
+        want = attention.apply_probs(probs, v)
+        v[:, 70] = float("nan")
+        assert same_bits(attention.apply_probs(probs, v), want)

@@ -71,9 +71,11 @@ def test_mass_kept_is_read_off_the_lse():
     lists = attention.vertical_slash_index(q, k, 5, 9, sinks=2, local=4, block=16)
     kept = (attention.sparse_prefill(q, k, v, *lists)[1] - attention.dense(q, k, v, causal=True)[1]).exp()
     sees = ref.attention.lists_sees(*lists, 64, 64, True)
-    a = (q.transpose(1, 2) @ k.repeat_interleave(3, 2).permute(0, 2, 3, 1) / 8).masked_fill(
-        ~ref.attention.dense_sees(64, 64, True, None), -math.inf
-    ).softmax(-1)
+    a = (
+        (q.transpose(1, 2) @ k.repeat_interleave(3, 2).permute(0, 2, 3, 1) / 8)
+        .masked_fill(~ref.attention.dense_sees(64, 64, True, None), -math.inf)
+        .softmax(-1)
+    )
     torch.testing.assert_close(kept.transpose(1, 2), (a * sees).sum(-1), atol=1e-5, rtol=0)
 
 
@@ -83,7 +85,8 @@ class TestLines:
         g = torch.Generator().manual_seed(3)
         for verticals, slashes in [(5, 7), (0, 3), (4, 0), (keys, keys)]:
             lines = [
-                torch.stack([torch.randperm(keys, generator=g)[:n].sort().values for _ in range(6)]).reshape(2, 3, n).int() for n in (verticals, slashes)
+                torch.stack([torch.randperm(keys, generator=g)[:n].sort().values for _ in range(6)]).reshape(2, 3, n).int()
+                for n in (verticals, slashes)
             ]
             lists = attention.lines_to_lists(*lines, rows, keys, block)
             got = ref.attention.lists_sees(*lists, rows, keys, False)
@@ -94,12 +97,17 @@ class TestLines:
 
     def test_refuses_lines_out_of_order(self):
         good, bad = torch.tensor([[[1, 3]]], dtype=torch.int32), torch.tensor([[[3, 3]]], dtype=torch.int32)
-        for verticals, slashes, name in ((bad, good, "verticals"), (good, bad, "slashes"), (good + 7, good, "verticals"), (good, good - 2, "slashes")):
+        for verticals, slashes, name in (
+            (bad, good, "verticals"),
+            (good, bad, "slashes"),
+            (good + 7, good, "verticals"),
+            (good, good - 2, "slashes"),
+        ):
             with pytest.raises(ValueError, match=f"lines_to_lists: {name}"):
                 attention.lines_to_lists(verticals, slashes, 8, 8)
 
     def test_index_finds_planted_lines(self):
-        q, k, v = qkv(rows=256, keys=256, heads=2, kv_heads=1, head_dim=64)
+        q, k, _ = qkv(rows=256, keys=256, heads=2, kv_heads=1, head_dim=64)
         q[:] = 0.1 * q
         q[..., 0] = 4.0
         k[:, 77, :, 0] += 12.0  # every query looks at key 77
@@ -175,9 +183,7 @@ class TestGrid:
         whole, _ = attention.attention3d(q, k, v, grid, causal=True, rope=rope)
         for first, count in ((0, 2), (2, 3), (5, 1)):
             keys = (first + count) * 15
-            part, _ = attention.attention3d(
-                q[:, first * 15 : keys], k[:, :keys], v[:, :keys], [count, 3, 5], causal=True, rope=rope[:keys]
-            )
+            part, _ = attention.attention3d(q[:, first * 15 : keys], k[:, :keys], v[:, :keys], [count, 3, 5], causal=True, rope=rope[:keys])
             assert same_bits(part, whole[:, first * 15 : keys])
 
     def test_a_later_frame_changes_no_earlier_one(self, isa):
@@ -189,4 +195,6 @@ class TestGrid:
     def test_rotation_keeps_relative_places(self):
         q, k, v, grid = attention.make_grid(Make(), 1, (3, 4, 4), 1, 1, 24)
         a, b = (attention.rope3d_table(grid, (8, 8, 8), first_frame=f) for f in (0, 11))
-        torch.testing.assert_close(attention.attention3d(q, k, v, grid, rope=a)[0], attention.attention3d(q, k, v, grid, rope=b)[0], atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            attention.attention3d(q, k, v, grid, rope=a)[0], attention.attention3d(q, k, v, grid, rope=b)[0], atol=2e-6, rtol=0
+        )

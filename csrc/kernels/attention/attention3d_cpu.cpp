@@ -4,6 +4,24 @@
 
 namespace stretto::STRETTO_ISA {
 
+struct KeySpan { int64_t begin, end; };
+
+// What the query at place i (of the queries) sees along the axis.
+STRETTO_INLINE KeySpan seen_along(const GridAxis& a, int64_t i) {
+  i += a.keys - a.queries;
+  if (a.window == 0) return {0, a.causal ? i + 1 : a.keys};
+  const int64_t block = i / a.stride * a.stride, n = a.keys, w = a.window;
+  if (a.causal) {
+    const int64_t leader = block + a.stride - 1 < n - 1 ? block + a.stride - 1 : n - 1;
+    return {leader - w + 1 > 0 ? leader - w + 1 : 0, i + 1};
+  }
+  int64_t c = block + a.stride / 2 < n - 1 ? block + a.stride / 2 : n - 1;
+  const int64_t low = w / 2, high = n - 1 - (w / 2 - 1 + w % 2);
+  c = c > high ? high : c;
+  c = c < low ? low : c;
+  return {c - w / 2, c + w / 2 + w % 2};
+}
+
 // How the grid is cut into blocks of queries. Axes that are seen as a whole become one: full attention walks keys like dense attention.
 struct GridPlan {
   GridAxis axis[3];
@@ -138,12 +156,18 @@ template <class T> class GridBlock {
     const AttentionTensors& t = p.t;
     const int64_t frame = p.rows.keys * p.columns.keys;
     for (int64_t j = 0; j < count; ++j, ++position) {
-      const int64_t row = p.frame_index ? p.frame_index[entry * p.frames.keys + position / frame] * frame + position % frame : position;
+      const int64_t row = p.frame_index ? slot(position / frame) * frame + position % frame : position;
       const int64_t from = p.frame_index ? 0 : entry;
       block.keys.key[n + j] = static_cast<const T*>(t.k) + t.k_strides.at(from, row, kv_head);
       block.keys.value[n + j] = static_cast<const T*>(t.v) + t.v_strides.at(from, row, kv_head);
       block.keys.rotation[n + j] = p.rotation ? p.rotation + position * t.head_dim : nullptr;
     }
+  }
+
+  // Clamped: a recorded step may meet a table that nobody has checked.
+  int64_t slot(int64_t f) const {
+    const int64_t at = p.frame_index[entry * p.frames.keys + f], slots = p.t.k_len / (p.rows.keys * p.columns.keys);
+    return at < 0 ? 0 : at < slots ? at : slots - 1;
   }
 
   SeenKeys seen_by(int64_t i) const {

@@ -29,7 +29,7 @@ struct KeptWeights {
     weights = static_cast<float*>(thread_scratch(3, rows * (width + splits) * 4));
     largest = weights + rows * width;
     for (int64_t i = 0; i < rows * width; i += kLanes) store(weights + i, zero());
-    for (int64_t i = 0; i < rows * splits; ++i) largest[i] = 0.f;
+    for (int64_t i = 0; i < rows * splits; ++i) largest[i] = -__builtin_inff();  // no keys
   }
 
   template <class T> void keep(RowBlock<T>& block, int rows, int64_t base) {
@@ -44,7 +44,7 @@ struct KeptWeights {
   void write(int r, float lse, void* probs, DType dtype, int64_t at, int64_t k_len) const {
     for (int64_t j = 0; j < k_len; j += kLanes) {
       const float m = largest[r * splits + j / kSplit];
-      const f32x16 scale = m == -__builtin_inff() ? zero() : exp(broadcast(m - lse));  // no keys in the split
+      const f32x16 scale = m == -__builtin_inff() ? zero() : exp(broadcast(m - lse));
       write_weights(probs, dtype, at + j, mul(load(weights + r * width + j), scale), static_cast<int>(k_len - j < kLanes ? k_len - j : kLanes));
     }
   }
@@ -100,14 +100,14 @@ template <class T> static void apply_block(const ApplyProbsParams& p, const Dens
     for (int r = 0; r < b.count(); ++r) read_row(p, b, block, r, base);
     block.add_split();
   }
-  for (int r = 0; r < b.count(); ++r)
-    block.finish_sums(r, static_cast<T*>(p.t.out) + p.t.out_strides.at(b.entry, b.query(r), b.head_of(r)));
+  for (int r = 0; r < b.count(); ++r) block.finish_sums(r, static_cast<T*>(p.t.out) + p.t.out_strides.at(b.entry, b.query(r), b.head_of(r)));
 }
 
 void apply_probs(const ApplyProbsParams& p) {
   dispatch_float(p.t.dtype, [&](auto tag) {
-    for_dense_blocks(p.t, Sequences{nullptr, nullptr, p.t.batch}, Visible{false, 0},
-                     [&](const DenseSequence& s, const BlockRows& b, int64_t kv_head) { apply_block<typename decltype(tag)::type>(p, s, b, kv_head); });
+    for_dense_blocks(
+        p.t, Sequences{nullptr, nullptr, p.t.batch}, Visible{false, 0},
+        [&](const DenseSequence& s, const BlockRows& b, int64_t kv_head) { apply_block<typename decltype(tag)::type>(p, s, b, kv_head); });
   });
 }
 

@@ -10,7 +10,9 @@ struct DenseSequence { int64_t entry, q_begin, q_rows, k_begin, k_rows; };
 
 STRETTO_INLINE DenseSequence dense_sequence(const AttentionTensors& t, const Sequences& s, int64_t i) {
   if (!s.cu_q) return {i, 0, t.q_len, 0, t.k_len};
-  return {0, s.cu_q[i], s.cu_q[i + 1] - s.cu_q[i], s.cu_k[i], s.cu_k[i + 1] - s.cu_k[i]};
+  const auto within = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+  const int64_t q = within(s.cu_q[i], 0, t.q_len), k = within(s.cu_k[i], 0, t.k_len);  // a recorded step may meet other numbers
+  return {0, q, within(s.cu_q[i + 1], q, t.q_len) - q, k, within(s.cu_k[i + 1], k, t.k_len) - k};
 }
 
 struct KeyRange { int64_t begin, end; };

@@ -74,7 +74,10 @@ def _apply_probs(probs: Tensor, v: Tensor) -> Tensor:
     op = "attention.apply_probs"
     check_tensors(op, probs=(probs, "batch heads rows keys", FLOATS), v=(v, "batch keys kv_heads head_dim", FLOATS))
     check(v.shape[3] > 0, f"{op}: v: head_dim 0, expected at least 1")
-    check(v.shape[2] > 0 and probs.shape[1] % v.shape[2] == 0, f"{op}: probs: {probs.shape[1]} heads, expected a multiple of the {v.shape[2]} in v")
+    check(
+        v.shape[2] > 0 and probs.shape[1] > 0 and probs.shape[1] % v.shape[2] == 0,
+        f"{op}: probs: {probs.shape[1]} heads, expected a multiple of the {v.shape[2]} in v",
+    )
     if _backend.use_reference("apply_probs", v):
         return ref.attention.apply_probs(probs, v)
     out = _empty_out(probs, v)
@@ -92,6 +95,7 @@ def _cases(make: Make) -> Iterator[Case]:
     yield Case("full", (*make_qkv(make, 1, 5, 19, 3, 1, 13), None, False, None, 4.0))
     yield Case("window", (*make_qkv(make, 1, 300, 310, 2, 1, 32), None, True, 20))
     yield Case("compact", (*make_qkv(make, 1, 40, 50, 2, 1, 32), None, False, None, None, torch.bfloat16))
+    yield Case("rows-before-keys", (*make_qkv(make, 1, 40, 7, 3, 3, 32), None, True))
     yield Case("no-keys", make_qkv(make, 1, 4, 0, 2, 1, 32))
 
 
