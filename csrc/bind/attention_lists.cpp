@@ -90,6 +90,7 @@ void vertical_slash(TensorView verticals, TensorView slashes, int64_t block, int
                              .column_ptr = column_ptr.data<int32_t>(),
                              .intervals = data_or_null<int32_t>(intervals),
                              .columns = data_or_null<int32_t>(columns),
+                             .count = !intervals,
                              .lists = lists,
                              .num_verticals = verticals.shape[1],
                              .num_slashes = slashes.shape[1],

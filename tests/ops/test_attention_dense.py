@@ -121,6 +121,7 @@ class TestMergeStates:
         torch.testing.assert_close(out, want[0], atol=1e-6, rtol=0)
         torch.testing.assert_close(lse, want_lse[0], atol=1e-5, rtol=0)
 
+    @pytest.mark.cuda_kernels("merge_states")
     def test_an_empty_side_changes_no_bit(self, isa):
         a, lse = torch.randn(3, 2, 24), torch.randn(3, 2)
         empty, minus = torch.full_like(a, NAN), torch.full_like(lse, -math.inf)
@@ -131,6 +132,7 @@ class TestMergeStates:
         assert (both[0] == 0).all()
         assert (both[1] == -math.inf).all()
 
+    @pytest.mark.cuda_kernels("merge_states")
     def test_nan_stays_in_its_row(self, isa):
         a, b, lse_a, lse_b = torch.randn(3, 2, 24), torch.randn(3, 2, 24), torch.randn(3, 2), torch.randn(3, 2)
         lse_b[1, 0] = NAN
