@@ -26,8 +26,9 @@ void attention3d(TensorView q, TensorView k, TensorView v, Sizes grid, int64_t k
   for (int i = 0; i < 3; ++i) {
     const int64_t n = i == 0 ? k_frames : grid[i];
     require(grid[i] >= 0 && n >= grid[i] && n < (int64_t(1) << 31), kOp, "grid", std::to_string(grid[i]) + " along axis " + std::to_string(i));
-    require(window[i] >= 0 && window[i] <= n && stride[i] >= 1 && (window[i] == 0 || stride[i] <= window[i]), kOp, "window",
-            std::to_string(window[i]) + " with stride " + std::to_string(stride[i]) + " along axis " + std::to_string(i) + " of " + std::to_string(n));
+    require(
+        window[i] >= 0 && window[i] <= n && stride[i] >= 1 && (window[i] == 0 || stride[i] <= window[i]), kOp, "window",
+        std::to_string(window[i]) + " with stride " + std::to_string(stride[i]) + " along axis " + std::to_string(i) + " of " + std::to_string(n));
     places *= grid[i];
   }
   const int64_t frame = grid[1] * grid[2];

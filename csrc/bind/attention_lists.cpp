@@ -26,8 +26,9 @@ void require_lists(const SparsePrefillParams& p) {
       int64_t c = p.column_ptr[at], done = 0;  // keys below `done` were given
       const auto columns_below = [&](int64_t limit) {
         for (; c < p.column_ptr[at + 1] && p.columns[c] < limit; ++c) {
-          if (p.columns[c] < done) throw std::invalid_argument(std::string(kOp) + ": columns: " + std::to_string(p.columns[c]) + where +
-                                                               ", expected growing numbers of keys outside of the intervals");
+          if (p.columns[c] < done)
+            throw std::invalid_argument(std::string(kOp) + ": columns: " + std::to_string(p.columns[c]) + where +
+                                        ", expected growing numbers of keys outside of the intervals");
           done = int64_t(p.columns[c]) + 1;
         }
       };
@@ -44,8 +45,8 @@ void require_lists(const SparsePrefillParams& p) {
     }
 }
 
-void sparse_prefill(TensorView q, TensorView k, TensorView v, TensorView interval_ptr, TensorView intervals, TensorView column_ptr, TensorView columns,
-                    int64_t block, float scale, bool causal, float softcap, TensorView out, TensorView lse) {
+void sparse_prefill(TensorView q, TensorView k, TensorView v, TensorView interval_ptr, TensorView intervals, TensorView column_ptr,
+                    TensorView columns, int64_t block, float scale, bool causal, float softcap, TensorView out, TensorView lse) {
   SparsePrefillParams p{};
   p.t = attention_tensors(kOp, q, k, v, out, lse, scale, softcap);
   require(block > 0, kOp, "block", std::to_string(block) + ", expected at least 1");
@@ -60,6 +61,7 @@ void sparse_prefill(TensorView q, TensorView k, TensorView v, TensorView interva
   require_tensor(columns, kOp, "columns", DType::i32, {-1});
   p.interval_ptr = interval_ptr.data<int32_t>(), p.column_ptr = column_ptr.data<int32_t>();
   p.intervals = intervals.data<int32_t>(), p.columns = columns.data<int32_t>();
+  p.num_intervals = intervals.shape[0], p.num_columns = columns.shape[0];
   require_pointers(interval_ptr, "interval_ptr", p.list_batch * p.list_heads, p.blocks, intervals.shape[0]);
   require_pointers(column_ptr, "column_ptr", p.list_batch * p.list_heads, p.blocks, columns.shape[0]);
   require_lists(p);
@@ -88,6 +90,7 @@ void vertical_slash(TensorView verticals, TensorView slashes, int64_t block, int
                              .column_ptr = column_ptr.data<int32_t>(),
                              .intervals = data_or_null<int32_t>(intervals),
                              .columns = data_or_null<int32_t>(columns),
+                             .count = !intervals,
                              .lists = lists,
                              .num_verticals = verticals.shape[1],
                              .num_slashes = slashes.shape[1],

@@ -28,7 +28,8 @@ inline AttentionTensors query_tensors(const char* op, const TensorView& q, const
   t.k_len = k.shape[1], t.kv_heads = k.shape[2];
   t.q_strides = row_strides(q), t.k_strides = row_strides(k);
   t.scale = scale, t.softcap = softcap, t.dtype = q.dtype;
-  require(k.shape[0] == t.batch && k.shape[3] == t.head_dim && t.kv_heads > 0 && t.heads % t.kv_heads == 0, op, "k", "does not match q");
+  require(k.shape[0] == t.batch && k.shape[3] == t.head_dim && t.kv_heads > 0 && t.heads > 0 && t.heads % t.kv_heads == 0, op, "k",
+          "does not match q");
   require(t.q_len < (int64_t(1) << 31) && t.k_len < (int64_t(1) << 31), op, "q, k", "more than 2^31 rows");
   require_tensor(lse, op, "lse", DType::f32, {t.batch, t.q_len, t.heads});
   return t;

@@ -22,7 +22,8 @@ static void merge_states(TensorView a, TensorView lse_a, TensorView b, TensorVie
                            .lse_out = lse_out.data<float>(),
                            .rows = tokens * heads,
                            .head_dim = head_dim,
-                           .dtype = a.dtype});
+                           .dtype = a.dtype},
+         a);
 }
 
 STRETTO_BIND(attention_states) { m.def("merge_states", &merge_states); }

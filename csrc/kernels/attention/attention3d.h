@@ -18,26 +18,8 @@ struct GridAxis {
   bool causal;
 };
 
-struct KeySpan { int64_t begin, end; };
-
-// What the query at place i (of the queries) sees along the axis.
-inline KeySpan seen_along(const GridAxis& a, int64_t i) {
-  i += a.keys - a.queries;
-  if (a.window == 0) return {0, a.causal ? i + 1 : a.keys};
-  const int64_t block = i / a.stride * a.stride, n = a.keys, w = a.window;
-  if (a.causal) {
-    const int64_t leader = block + a.stride - 1 < n - 1 ? block + a.stride - 1 : n - 1;
-    return {leader - w + 1 > 0 ? leader - w + 1 : 0, i + 1};
-  }
-  int64_t c = block + a.stride / 2 < n - 1 ? block + a.stride / 2 : n - 1;
-  const int64_t low = w / 2, high = n - 1 - (w / 2 - 1 + w % 2);
-  c = c > high ? high : c;
-  c = c < low ? low : c;
-  return {c - w / 2, c + w / 2 + w % 2};
-}
-
 struct Attention3dParams {
-  AttentionTensors t;        // q_len = q_frames * h * w; k_len = rows of k
+  AttentionTensors t;  // q_len = q_frames * h * w; k_len = rows of k
   GridAxis frames, rows, columns;
   const int32_t* frame_index;  // null, or [batch, frames.keys]; k and v have one batch entry then
   const float* rotation;       // null, or [frames.keys * h * w, head_dim]

@@ -4,6 +4,24 @@
 
 namespace stretto::STRETTO_ISA {
 
+struct KeySpan { int64_t begin, end; };
+
+// What the query at place i (of the queries) sees along the axis.
+STRETTO_INLINE KeySpan seen_along(const GridAxis& a, int64_t i) {
+  i += a.keys - a.queries;
+  if (a.window == 0) return {0, a.causal ? i + 1 : a.keys};
+  const int64_t block = i / a.stride * a.stride, n = a.keys, w = a.window;
+  if (a.causal) {
+    const int64_t leader = block + a.stride - 1 < n - 1 ? block + a.stride - 1 : n - 1;
+    return {leader - w + 1 > 0 ? leader - w + 1 : 0, i + 1};
+  }
+  int64_t c = block + a.stride / 2 < n - 1 ? block + a.stride / 2 : n - 1;
+  const int64_t low = w / 2, high = n - 1 - (w / 2 - 1 + w % 2);
+  c = c > high ? high : c;
+  c = c < low ? low : c;
+  return {c - w / 2, c + w / 2 + w % 2};
+}
+
 // How the grid is cut into blocks of queries. Axes that are seen as a whole become one: full attention walks keys like dense attention.
 struct GridPlan {
   GridAxis axis[3];
@@ -13,9 +31,7 @@ struct GridPlan {
 
 static bool is_full(const GridAxis& a) { return !a.causal && (a.window == 0 || a.window == a.keys); }
 
-static GridAxis join(const GridAxis& outer, const GridAxis& inner) {
-  return {outer.queries * inner.queries, outer.keys * inner.keys, 0, 1, false};
-}
+static GridAxis join(const GridAxis& outer, const GridAxis& inner) { return {outer.queries * inner.queries, outer.keys * inner.keys, 0, 1, false}; }
 
 // Queries of a block along an axis. Those that share a window are kept together; else a few neighbours, whose windows mostly overlap.
 static int64_t block_size(const GridAxis& a, int64_t room) {
@@ -60,7 +76,12 @@ struct LineKeys {
 template <class T> class GridBlock {
  public:
   GridBlock(const Attention3dParams& params, const GridPlan& plan, int64_t entry_, int64_t kv_head_, int64_t index, int64_t head_, int64_t heads_)
-      : p(params), g(plan), entry(entry_), kv_head(kv_head_), head(head_), heads(heads_),
+      : p(params),
+        g(plan),
+        entry(entry_),
+        kv_head(kv_head_),
+        head(head_),
+        heads(heads_),
         block(params.t.head_dim, params.t.softcap, params.rotation != nullptr, block_memory<T>(params.t), plan.tile_rows) {
     for (int i = 2; i >= 0; --i) {
       const int64_t b = index % g.blocks[i];
@@ -70,8 +91,6 @@ template <class T> class GridBlock {
       count[i] = left < g.size[i] ? left : g.size[i];
       low[i] = seen_along(g.axis[i], first[i]).begin, high[i] = seen_along(g.axis[i], first[i] + count[i] - 1).end;
     }
-    const KeySpan a = seen_along(g.axis[2], first[2]), z = seen_along(g.axis[2], first[2] + count[2] - 1);
-    whole_vectors = a.begin != z.begin || a.end != z.end;
   }
 
   void attend() {
@@ -104,9 +123,8 @@ template <class T> class GridBlock {
   const GridPlan& g;
   int64_t entry, kv_head, head, heads;
   RowBlock<T> block;
-  int64_t first[3], count[3];       // queries along each axis
-  int64_t low[3], high[3], at[3];   // keys that some query sees; the next one to take
-  bool whole_vectors;               // lines of keys begin at multiples of 16: rows that do not see a line skip it
+  int64_t first[3], count[3];      // queries along each axis
+  int64_t low[3], high[3], at[3];  // keys that some query sees; the next one to take
   LineKeys lines[kSplit];
   int num_lines = 0;
 
@@ -124,8 +142,6 @@ template <class T> class GridBlock {
       lines[num_lines++] = {n, static_cast<int32_t>(take), at[0], at[1], at[2]};
       add_keys(n, (at[0] * g.axis[1].keys + at[1]) * g.axis[2].keys + at[2], take);
       n += static_cast<int>(take);
-      if (whole_vectors)
-        for (; n % kLanes; ++n) block.keys.key[n] = block.keys.key[n - 1], block.keys.value[n] = block.keys.value[n - 1], block.keys.rotation[n] = block.keys.rotation[n - 1];
       if ((at[2] += take) < high[2]) continue;
       at[2] = low[2];
       if (++at[1] < high[1]) continue;
@@ -140,12 +156,18 @@ template <class T> class GridBlock {
     const AttentionTensors& t = p.t;
     const int64_t frame = p.rows.keys * p.columns.keys;
     for (int64_t j = 0; j < count; ++j, ++position) {
-      const int64_t row = p.frame_index ? p.frame_index[entry * p.frames.keys + position / frame] * frame + position % frame : position;
+      const int64_t row = p.frame_index ? slot(position / frame) * frame + position % frame : position;
       const int64_t from = p.frame_index ? 0 : entry;
       block.keys.key[n + j] = static_cast<const T*>(t.k) + t.k_strides.at(from, row, kv_head);
       block.keys.value[n + j] = static_cast<const T*>(t.v) + t.v_strides.at(from, row, kv_head);
       block.keys.rotation[n + j] = p.rotation ? p.rotation + position * t.head_dim : nullptr;
     }
+  }
+
+  // Clamped: a recorded step may meet a table that nobody has checked.
+  int64_t slot(int64_t f) const {
+    const int64_t at = p.frame_index[entry * p.frames.keys + f], slots = p.t.k_len / (p.rows.keys * p.columns.keys);
+    return at < 0 ? 0 : at < slots ? at : slots - 1;
   }
 
   SeenKeys seen_by(int64_t i) const {

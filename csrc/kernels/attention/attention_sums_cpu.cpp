@@ -42,13 +42,13 @@ template <class T> static void sum_head(const AttentionSumsParams& p, int64_t se
   for (int64_t j = 0; diagonals && j < t.q_len + t.k_len - 1; ++j) diagonals[j] = 0.f;
   RowBlock<T> block(t.head_dim, t.softcap, false, block_memory<T>(t));
   for (int64_t first = 0; first < s.q_rows; first += kMaxRows)
-    sum_block(p, block, s, BlockRows{s.entry, s.q_begin + first, s.q_rows - first < kMaxRows ? s.q_rows - first : kMaxRows, head, 1}, columns, diagonals);
+    sum_block(p, block, s, BlockRows{s.entry, s.q_begin + first, s.q_rows - first < kMaxRows ? s.q_rows - first : kMaxRows, head, 1}, columns,
+              diagonals);
 }
 
 void attention_sums(const AttentionSumsParams& p) {
   dispatch_float(p.t.dtype, [&](auto tag) {
-    parallel_for(0, p.sequences.count * p.t.heads, 1,
-                 [&](int64_t i) { sum_head<typename decltype(tag)::type>(p, i / p.t.heads, i % p.t.heads); });
+    parallel_for(0, p.sequences.count * p.t.heads, 1, [&](int64_t i) { sum_head<typename decltype(tag)::type>(p, i / p.t.heads, i % p.t.heads); });
   });
 }
 

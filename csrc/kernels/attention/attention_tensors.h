@@ -1,4 +1,5 @@
-// Queries, keys, values and results of attention over plain tensors, as every op of that kind takes them.
+// Queries, keys, values and results of attention over plain tensors, as every op of that kind takes them. Members are always inlined: kernels
+// of all instruction sets include this, and none of their code may be shared by the linker.
 #pragma once
 #include "common/isa.h"
 #include "common/tensor_view.h"
@@ -8,7 +9,7 @@ namespace stretto {
 // [batch, rows, heads, head_dim] in elements, head_dim adjacent.
 struct RowStrides {
   int64_t batch, row, head;
-  int64_t at(int64_t b, int64_t r, int64_t h) const { return b * batch + r * row + h * head; }
+  [[gnu::always_inline]] int64_t at(int64_t b, int64_t r, int64_t h) const { return b * batch + r * row + h * head; }
 };
 
 struct AttentionTensors {
@@ -20,7 +21,7 @@ struct AttentionTensors {
   float scale, softcap;  // scores become softcap * tanh(scale * score / softcap); softcap 0: none
   DType dtype;           // f32, f16, bf16
 
-  int64_t group() const { return heads / kv_heads; }
+  [[gnu::always_inline]] int64_t group() const { return heads / kv_heads; }
 };
 
 }  // namespace stretto

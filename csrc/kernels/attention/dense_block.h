@@ -10,7 +10,9 @@ struct DenseSequence { int64_t entry, q_begin, q_rows, k_begin, k_rows; };
 
 STRETTO_INLINE DenseSequence dense_sequence(const AttentionTensors& t, const Sequences& s, int64_t i) {
   if (!s.cu_q) return {i, 0, t.q_len, 0, t.k_len};
-  return {0, s.cu_q[i], s.cu_q[i + 1] - s.cu_q[i], s.cu_k[i], s.cu_k[i + 1] - s.cu_k[i]};
+  const auto within = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+  const int64_t q = within(s.cu_q[i], 0, t.q_len), k = within(s.cu_k[i], 0, t.k_len);  // a recorded step may meet other numbers
+  return {0, q, within(s.cu_q[i + 1], q, t.q_len) - q, k, within(s.cu_k[i + 1], k, t.k_len) - k};
 }
 
 struct KeyRange { int64_t begin, end; };
@@ -45,8 +47,7 @@ template <class T> STRETTO_INLINE char* block_memory(const AttentionTensors& t) 
 
 template <class T> STRETTO_INLINE void begin_rows(RowBlock<T>& block, const AttentionTensors& t, const BlockRows& b) {
   block.begin(b.count());
-  for (int r = 0; r < b.count(); ++r)
-    block.set_query(r, static_cast<const T*>(t.q) + t.q_strides.at(b.entry, b.query(r), b.head_of(r)), t.scale);
+  for (int r = 0; r < b.count(); ++r) block.set_query(r, static_cast<const T*>(t.q) + t.q_strides.at(b.entry, b.query(r), b.head_of(r)), t.scale);
 }
 
 template <class T> STRETTO_INLINE void finish_rows(RowBlock<T>& block, const AttentionTensors& t, const BlockRows& b) {
@@ -66,7 +67,8 @@ template <class T> STRETTO_INLINE void set_keys(RowBlock<T>& block, const Attent
     block.keys.value[j] = value + j * t.v_strides.row;
   }
 }
-template <class T> STRETTO_INLINE void set_seen(RowBlock<T>& block, const DenseSequence& s, const Visible& visible, const BlockRows& b, int64_t base) {
+template <class T> STRETTO_INLINE void set_seen(RowBlock<T>& block, const DenseSequence& s, const Visible& visible, const BlockRows& b,
+                                                int64_t base) {
   for (int64_t i = 0; i < b.queries; ++i) {
     const KeyRange k = keys_of(s, visible, b.first - s.q_begin + i);
     const SeenKeys seen = seen_range(k.begin - base, k.end - base);

@@ -18,4 +18,14 @@ struct MergeStatesParams {
   DType dtype;  // f32, f16, bf16
 };
 STRETTO_CPU_KERNEL(merge_states, MergeStatesParams)
+
+struct MergeWeights { float a, b, lse; };
+
+STRETTO_HD static inline MergeWeights merge_weights(float lse_a, float lse_b) {
+  const float m = lse_a > lse_b || lse_a != lse_a ? lse_a : lse_b;                               // NaN stays
+  if (m == -INFINITY) return {0.f, 0.f, m};                                                      // (-inf) - (-inf) would be NaN
+  const float ea = lse_a == m ? 1.f : expf(lse_a - m), eb = lse_b == m ? 1.f : expf(lse_b - m);  // m may be +inf
+  const float s = ea + eb;
+  return {ea / s, eb / s, m + logf(s)};
+}
 }  // namespace stretto

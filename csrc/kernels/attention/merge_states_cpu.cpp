@@ -5,16 +5,6 @@
 
 namespace stretto::STRETTO_ISA {
 
-struct MergeWeights { float a, b, lse; };
-
-static MergeWeights merge_weights(float lse_a, float lse_b) {
-  const float m = lse_a > lse_b || lse_a != lse_a ? lse_a : lse_b;
-  if (m == -__builtin_inff()) return {0.f, 0.f, m};  // (-inf) - (-inf) would be NaN
-  const float ea = lse_a == m ? 1.f : __builtin_expf(lse_a - m), eb = lse_b == m ? 1.f : __builtin_expf(lse_b - m);  // m may be +inf
-  const float s = ea + eb;
-  return {ea / s, eb / s, m + __builtin_logf(s)};
-}
-
 // a * wa + b * wb for 16 elements from i on; a side of weight 0 is not read: it may hold NaN.
 template <class T, class Load> STRETTO_INLINE f32x16 weighted(const MergeWeights& w, const T* a, const T* b, const Load& read) {
   const f32x16 left = w.a == 0.f ? zero() : mul(broadcast(w.a), read(a));

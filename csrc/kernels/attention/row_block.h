@@ -106,17 +106,23 @@ template <class T> class RowBlock {
       keys.key[i] = keys.key[keys.count - 1];
       if (rotates) keys.rotation[i] = keys.rotation[keys.count - 1];
     }
-    for (int t = 0; t < num_tiles; ++t) {
-      tile_seen[t] = seen[tile_begin(t)];
-      same[t] = SeenKeys{{~uint64_t(0), ~uint64_t(0), ~uint64_t(0), ~uint64_t(0)}};
-      for (int r = tile_begin(t) + 1; r < tile_begin(t + 1); ++r)
-        for (int w = 0; w < kWords; ++w) tile_seen[t].word[w] |= seen[r].word[w];
-      for (int r = tile_begin(t); r < tile_begin(t + 1); ++r)
-        for (int w = 0; w < kWords; ++w) same[t].word[w] &= ~(seen[r].word[w] ^ tile_seen[t].word[w]);
-    }
+    compare_rows();
     for (int c = 0; c < keys.count; c += kChunk) score_chunk(c / kChunk);
   }
+  // After join_split: the weights e^(score - split_max) of the keys that the row sees.
   float* score_row(int r) { return scores + r * kRowStride; }
+  float split_max(int r) const { return current_ml[2 * r]; }
+
+  // Sums of values by weights that the caller writes to score_row, instead of queries and keys. Only values of `seen` keys are read.
+  void begin_sums(int count) {
+    begin(count);
+    for (int64_t i = 0; i < rows * wide; i += kLanes) store(current + i, zero());
+  }
+  void add_split() {
+    compare_rows();
+    for (int c = 0; c < keys.count; c += kChunk) add_values(c / kChunk);
+  }
+  void finish_sums(int r, T* out) const { narrow_row(current + r * wide, out); }
 
   // Scores of row r become weights e^(score - m) and zeros; m and their sum are returned. Lanes no row of its tile sees are undefined.
   void weigh_row(int r, int t, float* m_out, float* l_out) {
@@ -151,9 +157,7 @@ template <class T> class RowBlock {
   void finish_row(int r, T* out, float* lse) {
     const Part p = part(joined, joined_ml, r);
     finish(p, wide, row_buffer);
-    int64_t i = 0;
-    for (; i + kLanes <= dim; i += kLanes) store(out + i, load(row_buffer + i));
-    if (i < dim) store_some(out + i, load(row_buffer + i), static_cast<int>(dim - i));
+    narrow_row(row_buffer, out);
     if (lse) *lse = p.l == 0.f ? -__builtin_inff() : p.m + __builtin_logf(p.l);
   }
 
@@ -188,6 +192,12 @@ template <class T> class RowBlock {
     if (i < dim) store(to + i, load_some(from + i, static_cast<int>(dim - i)));
   }
 
+  void narrow_row(const float* from, T* to) const {
+    int64_t i = 0;
+    for (; i + kLanes <= dim; i += kLanes) store(to + i, load(from + i));
+    if (i < dim) store_some(to + i, load(from + i), static_cast<int>(dim - i));
+  }
+
   // Sixteen keys as columns [head_dim][kChunk] of the chunk.
   void pack_keys(int j) {
     float* to = chunk + j % kChunk;
@@ -220,10 +230,20 @@ template <class T> class RowBlock {
           ++v;
           continue;
         }
-        score_tile<float>(count, queries + first * dim, columns + v, kChunk, dim, end - v,
-                          scores + first * kRowStride + w * kChunk + v * kLanes);
+        score_tile<float>(count, queries + first * dim, columns + v, kChunk, dim, end - v, scores + first * kRowStride + w * kChunk + v * kLanes);
         v = end;
       }
+    }
+  }
+
+  void compare_rows() {
+    for (int t = 0; t < num_tiles; ++t) {
+      tile_seen[t] = seen[tile_begin(t)];
+      same[t] = SeenKeys{{~uint64_t(0), ~uint64_t(0), ~uint64_t(0), ~uint64_t(0)}};
+      for (int r = tile_begin(t) + 1; r < tile_begin(t + 1); ++r)
+        for (int w = 0; w < kWords; ++w) tile_seen[t].word[w] |= seen[r].word[w];
+      for (int r = tile_begin(t); r < tile_begin(t + 1); ++r)
+        for (int w = 0; w < kWords; ++w) same[t].word[w] &= ~(seen[r].word[w] ^ tile_seen[t].word[w]);
     }
   }
 

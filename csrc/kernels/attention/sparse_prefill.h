@@ -14,7 +14,8 @@ struct SparsePrefillParams {
   const int32_t *interval_ptr, *column_ptr;  // [list_batch, list_heads, blocks + 1]
   const int32_t* intervals;                  // [n, 2]: begin, end
   const int32_t* columns;                    // [n]
-  int64_t list_batch, list_heads;            // 1, or batch and heads
+  int64_t num_intervals, num_columns;
+  int64_t list_batch, list_heads;  // 1, or batch and heads
   int64_t blocks, block;
   bool causal;
 };

@@ -9,6 +9,10 @@ struct KeyWalk {
   const int32_t *interval, *interval_end, *column, *column_end;
   int32_t next;  // within *interval
 
+  void begin_interval() {
+    if (interval < interval_end) next = *interval > 0 ? *interval : 0;
+  }
+
   // Up to kSplit keys below `limit`; returns their number.
   int take(int64_t limit, int32_t* positions) {
     int n = 0;
@@ -17,24 +21,27 @@ struct KeyWalk {
       if (!single && interval >= interval_end) break;
       if ((single ? *column : next) >= limit) break;
       if (single) {
-        positions[n++] = *column++;
+        positions[n++] = *column > 0 ? *column : 0;
+        ++column;
         continue;
       }
       const int64_t stop = interval[1] < limit ? interval[1] : limit;
       while (next < stop && n < kSplit) positions[n++] = next++;
       if (next < interval[1]) continue;
       interval += 2;
-      if (interval < interval_end) next = *interval;
+      begin_interval();
     }
     return n;
   }
 };
 
+// Offsets are clamped: a recorded step may meet lists that nobody has checked.
 static KeyWalk walk_of(const SparsePrefillParams& p, int64_t entry, int64_t head, int64_t block) {
   const int64_t list = (p.list_batch == 1 ? 0 : entry) * p.list_heads + (p.list_heads == 1 ? 0 : head), at = list * (p.blocks + 1) + block;
-  KeyWalk w{p.intervals + 2 * int64_t(p.interval_ptr[at]), p.intervals + 2 * int64_t(p.interval_ptr[at + 1]), p.columns + p.column_ptr[at],
-            p.columns + p.column_ptr[at + 1], 0};
-  if (w.interval < w.interval_end) w.next = *w.interval;
+  const auto within = [](int64_t x, int64_t n) { return x < 0 ? 0 : x > n ? n : x; };
+  KeyWalk w{p.intervals + 2 * within(p.interval_ptr[at], p.num_intervals), p.intervals + 2 * within(p.interval_ptr[at + 1], p.num_intervals),
+            p.columns + within(p.column_ptr[at], p.num_columns), p.columns + within(p.column_ptr[at + 1], p.num_columns), 0};
+  w.begin_interval();
   return w;
 }
 
@@ -84,8 +91,9 @@ void sparse_prefill(const SparsePrefillParams& p) {
       const int64_t end = (block + 1) * p.block < t.q_len ? (block + 1) * p.block : t.q_len;
       for (int64_t first = block * p.block; first < end; first += step)
         for (int64_t h = 0; h < together; h += kMaxRows)
-          attend_rows<T>(p, BlockRows{entry, first, end - first < step ? end - first : step, head + h, together - h < kMaxRows ? together - h : kMaxRows},
-                         head / t.group(), walk_of(p, entry, head, block));
+          attend_rows<T>(
+              p, BlockRows{entry, first, end - first < step ? end - first : step, head + h, together - h < kMaxRows ? together - h : kMaxRows},
+              head / t.group(), walk_of(p, entry, head, block));
     });
   });
 }

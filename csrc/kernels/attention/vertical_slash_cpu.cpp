@@ -45,7 +45,7 @@ void vertical_slash(const VerticalSlashParams& p) {
   parallel_for(0, p.lists, 1, [&](int64_t list) {
     int32_t *interval_ptr = p.interval_ptr + list * (p.blocks + 1), *column_ptr = p.column_ptr + list * (p.blocks + 1);
     for (int64_t block = 0; block < p.blocks; ++block) {
-      if (p.intervals) {
+      if (!p.count) {
         block_lists(p, list, block, p.intervals + 2 * int64_t(interval_ptr[block]), p.columns + column_ptr[block]);
         continue;
       }

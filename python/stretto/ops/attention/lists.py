@@ -176,13 +176,13 @@ def lines_to_lists(verticals: Tensor, slashes: Tensor, rows: int, keys: int, blo
     shape = (*verticals.shape[:2], blocks + 1)
     if _backend.use_reference("vertical_slash", verticals):
         return key_lists(ref.attention.lines_seen(verticals, slashes, rows, keys, block), block)
-    flat = [x.reshape(-1, x.shape[-1]).contiguous() for x in (verticals, slashes)]
+    flat = [x.flatten(0, 1).contiguous() for x in (verticals, slashes)]
     counts = [torch.zeros(flat[0].shape[0], blocks + 1, dtype=torch.int32) for _ in range(2)]
     _backend._C.vertical_slash(*flat, block, rows, keys, *counts, None, None)  # type: ignore[union-attr]
     interval_ptr, column_ptr = (_pointers(c.reshape(shape)) for c in counts)
     intervals = torch.empty(_total(interval_ptr), 2, dtype=torch.int32)
     columns = torch.empty(_total(column_ptr), dtype=torch.int32)
-    pointers = [p.reshape(-1, blocks + 1) for p in (interval_ptr, column_ptr)]
+    pointers = [p.flatten(0, 1) for p in (interval_ptr, column_ptr)]
     _backend._C.vertical_slash(*flat, block, rows, keys, *pointers, intervals, columns)  # type: ignore[union-attr]
     return KeyLists(interval_ptr, intervals, column_ptr, columns, block)
 

@@ -52,9 +52,10 @@ def _dense(
     if _backend.use_reference("dense_attention", q):
         return ref.attention.dense(q, k, v, scale, causal, window, softcap, cu_q, cu_k)
     out, lse = empty_result(q)
-    if cu_q is not None:  # rows of no sequence are not written
+    if cu_q is not None and cu_k is not None:  # rows of no sequence are not written
         out.zero_()
         lse.fill_(-math.inf)
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     _backend._C.dense_attention(  # type: ignore[union-attr]
         rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), scale, causal, window or 0, softcap or 0.0, cu_q, cu_k, out, lse
     )

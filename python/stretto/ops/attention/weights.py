@@ -55,8 +55,9 @@ def _sums(
     if _backend.use_reference("attention_sums", q):
         return ref.attention.sums(q, k, lse, scale, causal, window, softcap, cu_q, cu_k, diagonals)
     columns, by_diagonal = _empty_sums(q, k, diagonals)
-    if cu_q is not None:
+    if cu_q is not None and cu_k is not None:
         columns.zero_()  # keys of no sequence
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     _backend._C.attention_sums(  # type: ignore[union-attr]
         rows_contiguous(q), rows_contiguous(k), lse.contiguous(), scale, causal, window or 0, softcap or 0.0, cu_q, cu_k, columns,
         by_diagonal if diagonals else None,

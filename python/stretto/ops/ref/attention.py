@@ -214,3 +214,20 @@ def attention3d(
     sees = grid_sees(grid, key_frames, window or (0, 0, 0), stride, causal)[None, None]
     out, lse = masked(wq, wk, wv, sees, scale, softcap)
     return out.to(q.dtype), lse
+
+
+def with_probs(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False, window: int | None = None,
+    softcap: float | None = None, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dense` and its weights; see ops.attention.with_probs."""
+    out, lse = dense(q, k, v, scale, causal, window, softcap)
+    probs = weights(q, k, lse, dense_sees(q.shape[1], k.shape[1], causal, window), scale, softcap)
+    return out, lse, probs.to(dtype or q.dtype)
+
+
+def apply_probs(probs: Tensor, v: Tensor) -> Tensor:
+    """probs [batch, heads, rows, keys] times v [batch, keys, kv_heads, dim]; see ops.attention.apply_probs."""
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    values = v.to(wide).repeat_interleave(probs.shape[1] // v.shape[2], 2)
+    return torch.einsum("bhqk,bkhd->bqhd", probs.to(wide), values).to(v.dtype)
