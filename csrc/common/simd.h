@@ -194,15 +194,35 @@ STRETTO_INLINE f32x16 load(const int8_t* p) { STRETTO_LANES(static_cast<float>(p
 #endif
 
 STRETTO_INLINE f32x16 zero() { return broadcast(0.f); }
-STRETTO_INLINE void store(bfloat16_t* p, f32x16 a) {  // round to nearest, ties to even; NaN stays NaN
-  float lanes[16];
-  store(lanes, a);
+// Round to nearest, ties to even; NaN stays NaN.
+#if defined(STRETTO_ISA_avx512)
+STRETTO_INLINE void store(bfloat16_t* p, f32x16 a) {
+  const __m512i b = _mm512_castps_si512(a.v), high = _mm512_srli_epi32(b, 16);
+  const __m512i carry = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(b, carry), 16), nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+  const __m512i out = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), rounded, nan);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+}
+#elif defined(STRETTO_ISA_avx2)
+STRETTO_INLINE __m256i bfloat16_bits8(__m256 a) {
+  const __m256i b = _mm256_castps_si256(a), high = _mm256_srli_epi32(b, 16);
+  const __m256i carry = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(b, carry), 16), nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  return _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+STRETTO_INLINE void store(bfloat16_t* p, f32x16 a) {
+  const __m256i packed = _mm256_packus_epi32(bfloat16_bits8(a.lo), bfloat16_bits8(a.hi));  // by halves: lo hi lo hi
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+#else
+STRETTO_INLINE void store(bfloat16_t* p, f32x16 a) {
   for (int i = 0; i < 16; ++i) {
-    const uint32_t b = float_to_bits(lanes[i]);
+    const uint32_t b = float_to_bits(a.v[i]);
     p[i].bits =
         (b & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>((b >> 16) | 0x40u) : static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
   }
 }
+#endif
 
 // Sum and maximum over lanes in one fixed tree: 16 -> 8 -> 4 -> 2 -> 1, upper half onto lower.
 #if defined(STRETTO_ISA_scalar)

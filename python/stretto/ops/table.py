@@ -155,7 +155,7 @@ def register(
     if "!" not in schema:  # an op that writes its arguments has no gradient
         torch.library.register_autograd(f"stretto::{name}", gradient, setup_context=_keep_inputs, lib=_library)
     OPS[name] = Op(
-        name, function.__module__.rsplit(".", 1)[-1], schema, function, reference, cases, bad_cases, bench_cases, cost, bound, tolerance,
+        name, function.__module__.split(".")[2], schema, function, reference, cases, bad_cases, bench_cases, cost, bound, tolerance,
         dict(peers or {}), source,
     )  # fmt: skip
 
