@@ -1,5 +1,5 @@
 """Plain PyTorch references: the meaning of each op. Slow, short, and right."""
 
-from stretto.ops.ref import attention, cache, dct, mlstm, norm, quant, rope, sampling, scan, tree
+from stretto.ops.ref import attention, cache, dct, mlstm, moe, norm, quant, rope, sampling, scan, tree
 
-__all__ = ["attention", "cache", "dct", "mlstm", "norm", "quant", "rope", "sampling", "scan", "tree"]
+__all__ = ["attention", "cache", "dct", "mlstm", "moe", "norm", "quant", "rope", "sampling", "scan", "tree"]
