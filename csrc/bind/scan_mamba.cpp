@@ -1,6 +1,7 @@
 #include "bind/bind.h"
 #include "kernels/scan/causal_conv1d.h"
 #include "kernels/scan/selective_scan.h"
+#include "kernels/scan/ssd.h"
 
 namespace stretto {
 namespace {
@@ -225,6 +226,99 @@ void selective_scan_replay(TensorView state, TensorView u, TensorView dt, Tensor
   launch(op, selective_scan_replay_cpu, p);
 }
 
+SsdInputs ssd_inputs(const char* op, const TensorView& x, const TensorView& dt, const TensorView& a, const TensorView& b, const OptionalTensor& c,
+                     const OptionalTensor& d, const OptionalTensor& z, const OptionalTensor& dt_bias, bool softplus) {
+  require_rows(x, op, "x", x.dtype, {-1, -1, -1});
+  const int64_t tokens = x.shape[0], heads = x.shape[1];
+  require_rows(dt, op, "dt", x.dtype, {tokens, heads});
+  require_tensor(a, op, "A", DType::f32, {heads});
+  require_rows(b, op, "B", x.dtype, {tokens, -1, -1});
+  require(b.shape[1] > 0 && heads % b.shape[1] == 0, op, "B", "groups, expected a divisor of the heads");
+  if (c) require_rows(*c, op, "C", x.dtype, {tokens, b.shape[1], b.shape[2]});
+  if (z) require_rows(*z, op, "z", x.dtype, {tokens, heads, x.shape[2]});
+  require_vector(d, op, "D", DType::f32, heads);
+  require_vector(dt_bias, op, "dt_bias", DType::f32, heads);
+  return {.x = x.data(),
+          .dt = dt.data(),
+          .b = b.data(),
+          .c = data_or_null(c),
+          .z = data_or_null(z),
+          .a = a.data<float>(),
+          .d = data_or_null<float>(d),
+          .dt_bias = data_or_null<float>(dt_bias),
+          .tokens = tokens,
+          .heads = heads,
+          .dim = x.shape[2],
+          .states = b.shape[2],
+          .groups = b.shape[1],
+          .x_stride = x.strides[0],
+          .dt_stride = dt.strides[0],
+          .b_stride = b.strides[0],
+          .c_stride = c ? c->strides[0] : 0,
+          .z_stride = z ? z->strides[0] : 0,
+          .softplus = softplus,
+          .dtype = x.dtype};
+}
+
+void ssd(TensorView x, TensorView dt, TensorView a, TensorView b, TensorView c, OptionalTensor d, OptionalTensor z, OptionalTensor dt_bias,
+         bool softplus, OptionalTensor h0, TensorView cu_seqlens, int64_t chunk, TensorView y, TensorView h_last) {
+  const char* op = "ssd";
+  require_tensor(cu_seqlens, op, "cu_seqlens", DType::i32, {-1});
+  require(chunk > 0, op, "chunk", "0 or less, expected at least 1");
+  SsdParams p{.in = ssd_inputs(op, x, dt, a, b, c, d, z, dt_bias, softplus),
+              .h0 = data_or_null<float>(h0),
+              .cu_seqlens = cu_seqlens.data<int32_t>(),
+              .y = y.data(),
+              .h_last = h_last.data<float>(),
+              .batch = cu_seqlens.shape[0] - 1,
+              .chunk = chunk,
+              .h0_strides = {}};
+  require_tensor(y, op, "y", x.dtype, {p.in.tokens, p.in.heads, p.in.dim});
+  require_tensor(h_last, op, "h_last", DType::f32, {p.batch, p.in.heads, p.in.dim, p.in.states});
+  if (h0) require_state(*h0, op, "h0", {p.batch, p.in.heads, p.in.dim, p.in.states});
+  for (int i = 0; i < 4; ++i) p.h0_strides[i] = h0 ? h0->strides[i] : 0;
+  launch(op, ssd_cpu, p);
+}
+
+void ssd_step(TensorView state, TensorView x, TensorView dt, TensorView a, TensorView b, TensorView c, OptionalTensor d, OptionalTensor z,
+              OptionalTensor dt_bias, bool softplus, OptionalTensor slots, OptionalTensor cu_seqlens, OptionalTensor parent, bool update,
+              TensorView y) {
+  const char* op = "ssd_step";
+  const SsdStepParams p{.in = ssd_inputs(op, x, dt, a, b, c, d, z, dt_bias, softplus),
+                        .state = state.data<float>(),
+                        .slots = data_or_null<int32_t>(slots),
+                        .cu_seqlens = data_or_null<int32_t>(cu_seqlens),
+                        .parent = data_or_null<int32_t>(parent),
+                        .y = y.data(),
+                        .batch = batch_of(slots, cu_seqlens, x.shape[0], op),
+                        .num_slots = state.shape[0],
+                        .state_strides = {state.strides[0], state.strides[1], state.strides[2], state.strides[3]},
+                        .update = update && !parent};
+  require_state(state, op, "state", {-1, p.in.heads, p.in.dim, p.in.states});
+  require_vector(parent, op, "parent", DType::i32, p.in.tokens);
+  require_tensor(y, op, "y", x.dtype, {p.in.tokens, p.in.heads, p.in.dim});
+  launch(op, ssd_step_cpu, p);
+}
+
+void ssd_replay(TensorView state, TensorView x, TensorView dt, TensorView a, TensorView b, TensorView rows, TensorView n, OptionalTensor dt_bias,
+                bool softplus, OptionalTensor slots) {
+  const char* op = "ssd_replay";
+  const SsdReplayParams p{.in = ssd_inputs(op, x, dt, a, b, {}, {}, {}, dt_bias, softplus),
+                          .state = state.data<float>(),
+                          .rows = rows.data<int32_t>(),
+                          .n = n.data<int32_t>(),
+                          .slots = data_or_null<int32_t>(slots),
+                          .batch = rows.shape[0],
+                          .max_rows = rows.shape[1],
+                          .num_slots = state.shape[0],
+                          .state_strides = {state.strides[0], state.strides[1], state.strides[2], state.strides[3]}};
+  require_state(state, op, "state", {-1, p.in.heads, p.in.dim, p.in.states});
+  require_tensor(rows, op, "rows", DType::i32, {-1, -1});
+  require_tensor(n, op, "n", DType::i32, {p.batch});
+  require_vector(slots, op, "slots", DType::i32, p.batch);
+  launch(op, ssd_replay_cpu, p);
+}
+
 }  // namespace
 
 STRETTO_BIND(scan_mamba) {
@@ -234,6 +328,9 @@ STRETTO_BIND(scan_mamba) {
   m.def("selective_scan", &selective_scan);
   m.def("selective_scan_step", &selective_scan_step);
   m.def("selective_scan_replay", &selective_scan_replay);
+  m.def("ssd", &ssd);
+  m.def("ssd_step", &ssd_step);
+  m.def("ssd_replay", &ssd_replay);
 }
 
 }  // namespace stretto

@@ -161,5 +161,68 @@ def selective_scan_replay(
         slot = s if slots is None else int(slots[s])
         if slot >= 0:
             r = row[:count]
-            y = selective_scan(u[r], dt[r], A, B[r], B[r], None, None, dt_bias, softplus, state[slot : slot + 1], None)
+            y = selective_scan(u[r], dt[r], A, B[r], B[r], None, None, dt_bias, softplus, state[slot : slot + 1].clone(), None)
             state[slot] = y[1][0]
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None, dt_bias: Tensor | None = None,
+    softplus: bool = False, h0: Tensor | None = None, cu_seqlens: Tensor | None = None, chunk: int = 64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, h_last): H = exp(delta A) H + delta x B^T; y = (H C + D x) silu(z). `chunk` does not change the meaning."""
+    if x.dim() == 4:
+        flat = [t if t is None else t.flatten(0, 1) for t in (x, dt, B, C, z)]
+        y, last = ssd(flat[0], flat[1], A, flat[2], flat[3], D, flat[4], dt_bias, softplus, h0, even(*x.shape[:2]), chunk)
+        return y.view(x.shape), last
+    delta, v = step_size(dt, dt_bias, softplus, A.dtype), x.to(A.dtype)
+    b, c = per_channel(B.to(A.dtype), x.shape[1]), per_channel(C.to(A.dtype), x.shape[1])
+    ys, lasts = [], [A.new_zeros(0, *x.shape[1:], B.shape[2])]
+    for s, (i, j) in enumerate(spans(cu_seqlens, len(x))):
+        h = A.new_zeros(*x.shape[1:], B.shape[2]) if h0 is None else h0[s]
+        for t in range(i, j):
+            h, y = ssd_row(h, v[t], delta[t], A, b[t], c[t])
+            ys.append(y)
+        lasts.append(h[None])
+    y = torch.stack(ys) if ys else torch.zeros_like(v)
+    return gated(y if D is None else y + D[:, None] * v, z).to(x.dtype), torch.cat(lasts)
+
+
+def ssd_row(h: Tensor, x: Tensor, delta: Tensor, A: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(state, sum_n C h) of all heads after one row."""
+    h = torch.exp(delta * A)[:, None, None] * h + (delta[:, None] * x)[..., None] * b[:, None]
+    return h, (h * c[:, None]).sum(-1)
+
+
+def ssd_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    dt_bias: Tensor | None = None, softplus: bool = False, slots: Tensor | None = None, cu_seqlens: Tensor | None = None, parent: Tensor | None = None,
+    update: bool = True,
+) -> Tensor:  # fmt: skip
+    """y of rows that continue `state`; a row follows parent[row] of its sequence, or the row before."""
+    delta, v = step_size(dt, dt_bias, softplus, A.dtype), x.to(A.dtype)
+    b, c = per_channel(B.to(A.dtype), x.shape[1]), per_channel(C.to(A.dtype), x.shape[1])
+    y = torch.zeros_like(x)
+    for i, j, slot in steps(cu_seqlens, slots, len(x)):
+        if slot < 0:
+            continue
+        after: list[Tensor] = []
+        for t in range(i, j):
+            p = t - i - 1 if parent is None else int(parent[t])
+            h, out = ssd_row(state[slot] if p < 0 else after[p], v[t], delta[t], A, b[t], c[t])
+            y[t] = gated(out if D is None else out + D[:, None] * v[t], None if z is None else z[t]).to(x.dtype)
+            after.append(h)
+        if update and after:
+            state[slot] = after[-1]
+    return y
+
+
+def ssd_replay(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, rows: Tensor, n: Tensor, dt_bias: Tensor | None = None, softplus: bool = False,
+    slots: Tensor | None = None,
+) -> None:  # fmt: skip
+    """state after the inputs rows[b, :n[b]]."""
+    for s, (row, count) in enumerate(zip(rows.tolist(), n.tolist(), strict=True)):
+        slot = s if slots is None else int(slots[s])
+        if slot >= 0:
+            r = row[:count]
+            state[slot] = ssd(x[r], dt[r], A, B[r], B[r], None, None, dt_bias, softplus, state[slot : slot + 1].clone(), None)[1][0]

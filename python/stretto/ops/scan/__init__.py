@@ -4,7 +4,8 @@ Sequences are packed `[tokens, ...]` with `cu_seqlens` [batch + 1] int32, or a b
 """
 
 from stretto.ops.scan.conv1d import causal_conv1d, causal_conv1d_replay, causal_conv1d_step
-from stretto.ops.scan.selective import selective_scan, selective_scan_replay, selective_scan_step
+from stretto.ops.scan.mamba1 import selective_scan, selective_scan_replay, selective_scan_step
+from stretto.ops.scan.mamba2 import ssd, ssd_replay, ssd_step
 
 __all__ = [
     "causal_conv1d",
@@ -13,4 +14,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_replay",
     "selective_scan_step",
+    "ssd",
+    "ssd_replay",
+    "ssd_step",
 ]

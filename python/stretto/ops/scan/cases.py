@@ -98,3 +98,59 @@ def selective_bench(make: Make) -> Iterator[Case]:
         for name, channels, length in [("Mamba-130M", 1536, 1024), ("Mamba-2.8B", 5120, 512)]:
             u, dt, a, b, c, d, z, bias = selective_case(make, length, channels, 16, 1, dtype)
             yield Case(f"{name} 1 x {length} {dtype}", (u[None], dt[None], a, b[None], c[None], d, z[None], bias, True))
+
+
+def ssd_case(make: Make, tokens: int, heads: int, dim: int, states: int, groups: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(x, dt, A, B, C, D, z, dt_bias): A from -1 to -16, steps of 0.001 to 0.1 and some longer ones, as Mamba-2 is initialised."""
+    x, z = (make.randn(tokens, heads, dim, dtype=dtype) for _ in range(2))
+    b, c = (make.randn(tokens, groups, states, dtype=dtype) for _ in range(2))
+    rates = -1 - 15 * torch.rand(heads, generator=make.generator)
+    return x, make.randn(tokens, heads, dtype=dtype), rates, b, c, make.randn(heads), z, make.randn(heads) - 4
+
+
+def ssd_cases(make: Make) -> Iterator[Case]:
+    for dtype in FLOATS:
+        def case(name: str, *sizes: int, cu: Tensor | None = None, h0: Tensor | None = None, chunk: int = 64, dtype: torch.dtype = dtype) -> Case:
+            return Case(f"{name}-{dtype}", (*ssd_case(make, *sizes, dtype), True, h0, cu, chunk))
+
+        yield case("ragged", 29, 4, 6, 16, 2, cu=ring_rows.cu(19, 1, 9), h0=make.randn(3, 4, 6, 16), chunk=8)
+        yield case("long", 150, 5, 64, 32, 1, cu=ring_rows.cu(103, 47))
+        yield case("one-row-chunks", 20, 2, 16, 16, 2, chunk=1)
+        yield case("one-chunk", 70, 3, 33, 20, 1, h0=make.randn(1, 3, 33, 20), chunk=256)
+        yield case("odd", 23, 6, 5, 7, 3, h0=make.randn(1, 6, 7, 5).mT, chunk=5)
+        yield case("empty-sequences", 4, 2, 16, 16, 1, cu=ring_rows.cu(0, 4, 0), h0=make.randn(3, 2, 16, 16))
+        yield case("nothing", 0, 2, 16, 16, 1, cu=ring_rows.cu(0, 0), h0=make.randn(2, 2, 16, 16))
+        x, dt, rates, b, c, d, z, bias = ssd_case(make, 34, 4, 20, 16, 2, dtype)
+        batch = [t.unflatten(0, (2, 17)) for t in (x, dt, b, c, z)]
+        yield Case(f"batch-{dtype}", (batch[0], batch[1], rates, batch[2], batch[3], d, batch[4], bias, True, make.randn(2, 4, 20, 16), None, 16))
+        yield Case(f"bare-{dtype}", (x, dt.abs() * 0.1, rates, b, c))
+        yield Case(f"strided-{dtype}", (x.mT.contiguous().mT, dt.t().contiguous().t(), rates, b.mT.contiguous().mT, c, d, z, bias, True))
+        yield Case(f"growing-{dtype}", (x, dt, -0.02 * rates, b, c, d, None, bias, True))
+        yield Case(f"far-{dtype}", (x, 40 * dt.abs(), rates, b, c, d, z))
+
+
+def ssd_bad(make: Make) -> Iterator[BadCase]:
+    op = "ssd"
+    x, dt, a, b, c, d, z, bias = ssd_case(make, 6, 4, 5, 7, 2, torch.float32)
+    yield BadCase("rank", (x[0], dt, a, b, c), f"{op}: x: shape [4, 5]")
+    yield BadCase("dtype", (x.double(), dt, a, b, c), f"{op}: x: float64")
+    yield BadCase("mixed", (x, dt.half(), a, b, c), f"{op}: dt: float16")
+    yield BadCase("rates-dtype", (x, dt, a.bfloat16(), b, c), f"{op}: A: bfloat16")
+    yield BadCase("rates", (x, dt, a[:3], b, c), f"{op}: A: shape [3]")
+    yield BadCase("groups", (x, dt, a, make.randn(6, 3, 7), make.randn(6, 3, 7)), f"{op}: B: 3 groups")
+    yield BadCase("no-states", (x, dt, a, b[..., :0], c[..., :0]), f"{op}: B: 0 states")
+    yield BadCase("C", (x, dt, a, b, c[:, :1]), f"{op}: C: shape [6, 1, 7]")
+    yield BadCase("state-dtype", (x, dt, a, b, c, d, z, bias, True, make.randn(1, 4, 5, 7, dtype=torch.bfloat16)), f"{op}: h0: bfloat16")
+    yield BadCase("state", (x, dt, a, b, c, d, z, bias, True, make.randn(2, 4, 5, 7)), f"{op}: h0: shape [2, 4, 5, 7]")
+    for chunk in (0, -1):
+        yield BadCase(f"chunk{chunk}", (x, dt, a, b, c, d, z, bias, True, None, None, chunk), f"{op}: chunk: {chunk}")
+    for bounds in ([0, 4, 3, 6], [1, 6], [0, 5], [0, 7], [0, -1, 6], [0, 2**31 - 1, 6], []):
+        cu = torch.tensor(bounds, dtype=torch.int32)
+        yield BadCase(f"cu{bounds}", (x, dt, a, b, c, d, z, bias, True, None, cu), f"{op}: cu_seqlens: ")
+
+
+def ssd_bench(make: Make) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, heads in [("Mamba2-130M", 24), ("Mamba2-2.7B", 80)]:
+            x, dt, a, b, c, d, z, bias = ssd_case(make, 512, heads, 64, 128, 1, dtype)
+            yield Case(f"{name} 1 x 512 {dtype}", (x[None], dt[None], a, b[None], c[None], d, z[None], bias, True))
