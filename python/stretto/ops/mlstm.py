@@ -257,6 +257,7 @@ register(
     bench_cases=_mlstm_rows.mlstm_bench,
     cost=_mlstm_rows.mlstm_cost,
     bound="compute",
+    tolerance=4.0,  # m is rounded once a token, as in any recurrent form; the chunkwise reference rounds it once a chunk
     peers={
         f"mlstm-kernels chunk {size}{', compiled' if compiled else ''}": _mlstm_rows.sequence_peer(size, compiled)
         for size, compiled in ((64, False), (128, False), (64, True), (128, True))
