@@ -42,10 +42,10 @@ STRETTO_INLINE f32x16 exp_gate(f32x16 x) {
 
 STRETTO_INLINE f32x16 negate(f32x16 x) { return sub(zero(), x); }
 
-// tanh(|x|) = e / (e + 2) with e = e^2|x| - 1, which loses nothing; beyond 10 it is 1 in float. The sign is x times a large number, clamped.
+// tanh(|x|) = -e / (e + 2) with e = e^(-2|x|) - 1; beyond 10 it is 1 in float. The sign is x times a large number, clamped.
 STRETTO_INLINE f32x16 tanh(f32x16 x) {
-  const f32x16 e = expm1_bounded(min(broadcast(20.f), max(negate(add(x, x)), add(x, x))));
-  const f32x16 sign = min(broadcast(1.f), max(broadcast(-1.f), mul(x, broadcast(3e38f))));
+  const f32x16 e = expm1_bounded(max(broadcast(-20.f), min(negate(add(x, x)), add(x, x))));
+  const f32x16 sign = max(broadcast(-1.f), min(broadcast(1.f), mul(x, broadcast(-3e38f))));
   return mul(sign, div(e, add(e, broadcast(2.f))));
 }
 
