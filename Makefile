@@ -61,7 +61,7 @@ $(VENV)/.test: $(VENV)/.package
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.package
-	$(PIP) ruff clang-format
+	$(PIP) ruff clang-format mypy
 	touch $@
 
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
@@ -75,6 +75,7 @@ lint: $(VENV)/.lint
 	ruff check --quiet .
 	ruff format --check --quiet .
 	clang-format --dry-run -Werror $(CXX_FILES)
+	mypy
 
 # The kernels under AddressSanitizer and UBSan: see tests/sanitize/run.sh.
 sanitize: build $(VENV)/.test

@@ -85,16 +85,38 @@ def decode_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
         yield ""
 
 
+def verdict(ok: bool, goal: str) -> str:
+    return f"{goal}: {'reached' if ok else '**missed**'}"
+
+
 def speculation_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
     yield f"\n## Speculation: {document['model']}, {document['threads']} threads, {document['max_tokens']} tokens"
-    yield f"`{document['command']}`; file `{name}`. Times of plain decoding over the method's, each with an empty trie; {document['machine']['cpu']}.\n"
+    yield (
+        f"`{document['command']}`; file `{name}`. Times of plain decoding over the method's, drafting included, each with an empty trie; of "
+        f'{document["repeats"]} repeats in turns the shortest counts. "off again" is plain decoding against itself: the noise that every other ratio '
+        f"holds too; {document['machine']['cpu']}.\n"
+    )
+    if not document["complete"]:
+        yield f"The run was stopped after {len(document['samples'])} prompts.\n"
     yield "| prompts | outputs that differ | method | median | least | largest | all together | tokens per forward |"
     yield "|---|---|---|---|---|---|---|---|"
     for kind, found in [*document["kinds"].items(), ("all", document["all"])]:
-        for method in ("trie", "ngram", "auto"):
+        for method in ("off again", "trie", "ngram", "auto"):
             m = found[method]
             speeds = " | ".join(f"{m[k]:.2f}×" for k in ("median", "low", "high", "total"))
             yield f"| {kind} ({found['prompts']}) | {found['different']} | {method} | {speeds} | {m['tokens_per_forward']:.2f} |"
+    found = document["all"]
+    copying = min(document["kinds"][k]["trie"]["median"] for k in ("edit", "repeat") if k in document["kinds"])
+    yield f"\n- {verdict(copying >= 1.5, 'trie on copy-heavy prompts, median at least 1.5×')}."
+    yield f"- {verdict(found['auto']['low'] >= 0.95, 'auto at least 0.95× on every prompt')}; plain against itself falls to {found['off again']['low']:.2f}×."
+    yield "- The prompts on which auto did worst:"
+    for s in document["worst_of_auto"]:
+        ms = s["milliseconds"]
+        widths = ", ".join(f"{width} nodes in {steps}" for width, steps in s["widths_of_auto"].items())
+        yield (
+            f"  - {s['kind']} {s['prompt']}: {ms['off'] / ms['auto']:.2f}× ({ms['off']:.0f} ms plain, {ms['off again']:.0f} again, {ms['auto']:.0f} auto); "
+            f"steps by size: {widths}"
+        )
 
 
 def perplexity_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
@@ -104,10 +126,68 @@ def perplexity_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
     yield "|---|---|---|"
     yield f"| stretto | {document['stretto']:.4f} | |"
     for peer, value in document["peers"].items():
-        yield f"| {peer} | {value:.4f} | {document['stretto'] / value - 1:+.3%} |"
+        difference = document["stretto"] / value - 1
+        goal = f" ({verdict(abs(difference) <= 0.005, 'goal 0.5 %')})" if peer == "llama.cpp" else ""  # the same file
+        yield f"| {peer} | {value:.4f} | {difference:+.3%}{goal} |"
 
 
-SECTIONS = {"decode": decode_section, "perplexity": perplexity_section, "speculation": speculation_section}
+def divergence_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
+    yield f"\n## Logits against transformers in float32: {document['model']}"
+    yield f"`{document['command']}`; file `{name}`. {document['positions']} positions of Python's language reference, the file's weights dequantised.\n"
+    yield "| weights | | |"
+    yield "|---|---|---|"
+    yield f"| packed | mean divergence {document['kl']:.2e} | {verdict(document['kl'] <= 0.01, 'goal 0.01')} |"
+    yield f"| packed | same likeliest token {document['same_argmax']:.2%} | |"
+    error = document["relative_error"]
+    yield f"| float32 | largest error of a logit, of their range: {error:.1e} | {verdict(error <= 1e-3, 'goal 1e-3')} |"
+
+
+def startup_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
+    fields, file_bytes = document["fields"], document["file_bytes"]
+    yield f"\n## Start and memory: {document['model']}, {document['threads']} threads"
+    yield (
+        f"`{document['command']}`; file `{name}`. {document['rounds']} processes; the file ({file_bytes / 1e6:.0f} MB) lies in the page cache. Memory is "
+        f"the peak of a process that loads and generates, beyond what it holds with torch and stretto imported.\n"
+    )
+    memory = fields["peak_bytes"]["median"] - fields["base_bytes"]["median"]
+    rows = [
+        ("import stretto, beyond torch", "import_seconds", 0.3),
+        ("load", "load_seconds", None),
+        ("load to first token", "first_token_seconds", 1.5),
+    ]  # fmt: skip
+    yield "| | median (range) | |"
+    yield "|---|---|---|"
+    for title, field, goal in rows:
+        f = fields[field]
+        mark = "" if goal is None else verdict(f["median"] <= goal, f"goal {goal:g} s")
+        yield f"| {title} | {f['median']:.2f} s ({f['low']:.2f}–{f['high']:.2f}) | {mark} |"
+    yield f"| memory | {memory / 1e6:.0f} MB, {memory / file_bytes:.2f}× the file | {verdict(memory <= 2 * file_bytes, 'goal 2×')} |"
+
+
+def identity_section(document: Mapping[str, Any], name: str) -> Iterator[str]:
+    generations = sum(run["prompts"] for run in document["runs"])
+    yield f"\n## Identical tokens: {document['model']}"
+    yield (
+        f"`{document['command']}`; file `{name}`. {document['prompts']} prompts of {document['prompt_tokens'][0]} to {document['prompt_tokens'][1]} tokens, "
+        f"{document['max_tokens']} new tokens each, against plain decoding of each prompt alone on one thread. Batch, page size, chunk, threads and cost "
+        f"curve rotate over groups of prompts: each prompt meets each method in both modes. Draft model: {document['draft']}.\n"
+    )
+    yield f"**{len(document['differences'])} differences in {generations} generations.**\n"
+    yield "| mode | method | prompts | tokens | tokens per forward | steps that verified a draft |"
+    yield "|---|---|---|---|---|---|"
+    for r in document["runs"]:
+        per_forward = r["tokens"] / max(r["forwards"], 1)
+        yield f"| {r['mode']} | {r['method']} | {r['prompts']} | {r['tokens']} | {per_forward:.2f} | {r['drafted_steps']} |"
+    yield "\n| factor | generations by value |"
+    yield "|---|---|"
+    for factor, seen in document["generations"].items():
+        yield f"| {factor.replace('_', ' ')} | {', '.join(f'{value}: {n}' for value, n in sorted(seen.items()))} |"
+
+
+SECTIONS = {
+    "decode": decode_section, "divergence": divergence_section, "identity": identity_section, "perplexity": perplexity_section,
+    "speculation": speculation_section, "startup": startup_section,
+}  # fmt: skip
 
 
 def page(results: Path) -> str:

@@ -75,8 +75,8 @@ def tiny_config(**changes: Any) -> TextConfig:
 
 
 def tiny_llm(*, page_size: int = 16, pages: int = 256, max_rows: int = 64, max_seqs: int = 8, threads: int = 2, kv: torch.dtype = torch.float16,
-             seed: int = 0, **config: Any) -> LLM:  # fmt: skip
+             seed: int = 0, weights: type[RandomWeights] = RandomWeights, **config: Any) -> LLM:  # fmt: skip
     c = tiny_config(**config)
-    model = LlamaModel(c, RandomWeights(c, seed), c.context_length)
+    model = LlamaModel(c, weights(c, seed), c.context_length)
     shape = CacheShape(c.num_layers, c.num_kv_heads, c.head_dim, page_size, kv)
     return LLM(model, LetterTokenizer(), PagedCache(shape, pages), EngineConfig(max_rows, max_seqs, c.context_length), threads)  # type: ignore[arg-type]

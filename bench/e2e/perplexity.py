@@ -1,7 +1,6 @@
 """Perplexity of a GGUF file under stretto and under llama.cpp, same tokens, same windows.
 
-llama.cpp reads the file itself and its own Q4_0 form of it, the format its fastest kernels want.
-python -m bench.e2e.perplexity MODEL [--tokens 20000] [--window 512] [--out FILE]
+python -m bench.e2e.perplexity MODEL [--peer-file OTHER.gguf] [--tokens 20000] [--window 512] [--out FILE]
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from stretto.cli.bench import machine
-from stretto.cli.bench.engine_llama import quantize_q4_0
 from stretto.cli.bench.engines import Spec
 from stretto.cli.bench.remote import Worker
-from stretto.models.loading.find import resolve
 
 from bench.e2e.texts import documentation
 
@@ -40,26 +36,28 @@ def ours(path: str, ids: list[int], window: int, dtype: str | None, kv_dtype: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=resolve, help="path or known name")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--peer-file", type=Path, help="what llama.cpp reads instead of MODEL; 'q4_0' re-quantises MODEL")
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", help="convert our weights, as stretto.load does")
     parser.add_argument("--kv-dtype")
+    parser.add_argument("--only-peer", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        files = {"llama.cpp": options.model, "llama.cpp Q4_0": quantize_q4_0(options.model, Path(scratch) / "q4_0.gguf")}
-        peers = {}
-        for name, file in files.items():
-            with Worker(Spec(name, "llama-cpp", str(file), options.threads, options.window, flash_attn=False)) as worker:
-                ids = worker.ask("tokenize", text=documentation()[: 8 * options.tokens])[: options.tokens]
-                peers[name], count = worker.ask("perplexity", ids=ids, window=options.window)
+    peer_file = options.peer_file or options.model
+    spec = Spec("llama.cpp", "llama-cpp", str(peer_file), options.threads, options.window, flash_attn=False)
+    with Worker(spec) as worker:
+        ids = worker.ask("tokenize", text=documentation()[: 8 * options.tokens])[: options.tokens]
+        peer, count = worker.ask("perplexity", ids=ids, window=options.window)
     result = {
-        "kind": "perplexity", "model": options.model.name, "tokens": len(ids), "predictions": count, "window": options.window,
-        "dtype": options.dtype, "kv_dtype": options.kv_dtype, "peers": peers,
-        "stretto": ours(str(options.model), ids, options.window, options.dtype, options.kv_dtype),
+        "kind": "perplexity", "model": options.model.name, "peer_file": peer_file.name, "tokens": len(ids), "predictions": count,
+        "window": options.window, "dtype": options.dtype, "kv_dtype": options.kv_dtype, "llama.cpp": peer,
     }  # fmt: skip
+    if not options.only_peer:
+        mine = ours(str(options.model), ids, options.window, options.dtype, options.kv_dtype)
+        result |= {"stretto": mine, "relative_difference": mine / peer - 1}
     result |= {"machine": machine.describe(), "command": " ".join(["python -m bench.e2e.perplexity", *sys.argv[1:]])}
     text = json.dumps(result, indent=1)
     if options.out:

@@ -40,15 +40,15 @@ void require_values(const PagedAttentionParams& p) {
 void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, TensorView table, TensorView cu_q, TensorView cached, float scale,
                      int64_t window, float softcap, OptionalTensor mask, OptionalTensor mask_start, OptionalTensor k_scales, OptionalTensor v_scales,
                      TensorView out, OptionalTensor num_seqs) {
-  require(q.ndim == 3 && q.dtype == DType::f32 && q.contiguous_from(2), kOp, "q",
-          "expected float32 [rows, heads, head_dim] with adjacent elements");
+  require(q.ndim == 3 && q.dtype == DType::f32 && q.contiguous_from(2), kOp, "q", "expected float32 [rows, heads, head_dim] with adjacent elements");
   require(k_pages.ndim == 4 && v_pages.ndim == 4 && k_pages.contiguous_from(1) && v_pages.contiguous_from(1), kOp, "k_pages, v_pages",
           "expected dense pages");
   const int64_t pages = k_pages.shape[0], kv_heads = k_pages.shape[1], head_dim = q.shape[2], page_size = k_pages.shape[3];
   require(k_pages.shape[2] == head_dim && v_pages.shape[0] == pages && v_pages.shape[1] == kv_heads && v_pages.shape[2] == page_size &&
               v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype,
           kOp, "v_pages", "does not match k_pages and q");
-  require(kv_heads > 0 && q.shape[1] % kv_heads == 0 && head_dim % 16 == 0 && page_size > 0, kOp, "q", "heads or head_dim do not fit the pages");
+  require(kv_heads > 0 && q.shape[1] > 0 && q.shape[1] % kv_heads == 0 && head_dim % 16 == 0 && page_size > 0, kOp, "q",
+          "heads or head_dim do not fit the pages");
   require_ints(table, "table", DType::i32, 2);
   require_ints(cu_q, "cu_q", DType::i32, 1);
   require_ints(cached, "cached", DType::i32, 1);

@@ -19,10 +19,10 @@ CacheMoveParams move_params(const char* op, const TensorView& k, const TensorVie
   require_tensor(dst, op, "dst", DType::i32, {src.shape[0]});
   const int64_t limit = rows ? pages * page_size : pages;
   if (!k.cuda)  // on CUDA such a pair is skipped
-  for (const auto& [name, ids] : {std::pair{"src", src}, std::pair{"dst", dst}})
-    for (int64_t i = 0; i < ids.shape[0]; ++i)
-      require(ids.data<int32_t>()[i] >= -1 && ids.data<int32_t>()[i] < limit, op, name,
-              std::to_string(ids.data<int32_t>()[i]) + ", expected -1 (skip) or an id below " + std::to_string(limit));
+    for (const auto& [name, ids] : {std::pair{"src", src}, std::pair{"dst", dst}})
+      for (int64_t i = 0; i < ids.shape[0]; ++i)
+        require(ids.data<int32_t>()[i] >= -1 && ids.data<int32_t>()[i] < limit, op, name,
+                std::to_string(ids.data<int32_t>()[i]) + ", expected -1 (skip) or an id below " + std::to_string(limit));
   const int64_t bytes = dtype_bytes(k.dtype);
   const auto scales = [](const OptionalTensor& s) { return s ? CachePlane{s->ptr, 1, 1, 4, s->strides[0], s->strides[1]} : CachePlane{}; };
   return {.planes = {{k.ptr, head_dim, 1, bytes, k.strides[0], k.strides[1]},

@@ -15,8 +15,9 @@ void rope_append(TensorView qkv, TensorView positions, TensorView slots, TensorV
   require(k_pages.shape[1] == kv_heads && v_pages.shape[0] == pages && v_pages.shape[1] == kv_heads && v_pages.shape[2] == page_size &&
               v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype,
           kOp, "v_pages", "does not match k_pages and num_kv_heads");
-  require(qkv.ndim == 2 && qkv.dtype == DType::f32 && qkv.contiguous_from(1) && qkv.shape[1] == (heads + 2 * kv_heads) * head_dim, kOp,
-          "qkv", "expected float32 [rows, (heads + 2 kv_heads) * head_dim] with contiguous rows");
+  require(heads >= 0 && kv_heads >= 0, kOp, "num_heads, num_kv_heads", "expected at least 0");
+  require(qkv.ndim == 2 && qkv.dtype == DType::f32 && qkv.contiguous_from(1) && qkv.shape[1] == (heads + 2 * kv_heads) * head_dim, kOp, "qkv",
+          "expected float32 [rows, (heads + 2 kv_heads) * head_dim] with contiguous rows");
   require_tensor(positions, kOp, "positions", DType::i32, {rows});
   require_tensor(slots, kOp, "slots", DType::i32, {rows});
   require_tensor(cos_sin, kOp, "cos_sin", DType::f32, {-1, -1});

@@ -42,7 +42,8 @@ inline void require(bool ok, const char* op, const char* argument, const std::st
   if (!ok) throw std::invalid_argument(std::string(op) + ": " + argument + ": " + problem);
 }
 
-// A tensor of this type and rank, dense from dimension `dense_from` on; -1 in `shape` is any size. That the tensors of a call share a device, Python's check_tensors has seen.
+// A tensor of this type and rank, dense from dimension `dense_from` on; -1 in `shape` is any size. That the tensors of a call share a device,
+// Python's check_tensors has seen.
 inline void require_tensor(const TensorView& t, const char* op, const char* argument, DType dtype, std::initializer_list<int64_t> shape,
                            int dense_from = 0) {
   require(t.dtype == dtype, op, argument, std::string(dtype_name(t.dtype)) + ", expected " + dtype_name(dtype));

@@ -36,6 +36,26 @@ def test_goals_are_marked(tmp_path: Path, speedup: float, cost: float, verdicts:
     assert "| 50% |" in text
 
 
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "low": median, "high": median}
+
+
+@pytest.mark.parametrize(("factor", "word"), [(0.9, "reached"), (1.1, "**missed**")])
+def test_goals_of_start_and_correctness_are_marked(factor: float, word: str):
+    fields = {"import_seconds": 0.3, "load_seconds": 1.0, "first_token_seconds": 1.5, "base_bytes": 0.0, "peak_bytes": 2e8}
+    common = {"model": "m", "command": "c"}
+    start = {"threads": 2, "file_bytes": 10**8, "rounds": 5, "fields": {f: spread(factor * v) for f, v in fields.items()}}
+    logits = {"positions": 9, "kl": 0.01 * factor, "same_argmax": 1.0, "relative_error": 1e-3 * factor}
+    texts = {"tokens": 9, "window": 5, "stretto": 10 * (1 + 0.005 * factor), "peers": {"llama.cpp": 10.0, "llama.cpp Q4_0": 12.0}}
+    for section, found, goals in (
+        (performance.startup_section, start, 3),
+        (performance.divergence_section, logits, 2),
+        (performance.perplexity_section, texts, 1),
+    ):
+        text = "\n".join(section(common | found, "f"))
+        assert text.count(word) == text.count("goal") == goals
+
+
 def test_unknown_results_are_refused(tmp_path: Path):
     (tmp_path / "a.json").write_text('{"kind": "dance"}')
     with pytest.raises(ValueError, match=r"a\.json: kind: 'dance'"):

@@ -19,14 +19,20 @@ PACKAGE = str(Path(__file__).parents[2] / "python")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([PACKAGE, os.environ.get("PYTHONPATH", "")])}
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False)
+def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], input=text, capture_output=True, text=True, timeout=240, env=ENVIRONMENT, check=False)
 
 
-def document(*arguments: str) -> Any:
-    done = run(*arguments, "--json")
+def document(*arguments: str, text: str = "") -> Any:
+    """What `--json` prints: one document in one line, strict JSON, and nothing else."""
+    done = run(*arguments, "--json", text=text)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(done.stdout, parse_constant=refuse)
 
 
 def test_generate():
@@ -46,6 +52,31 @@ def test_verify_finds_no_difference(tmp_path: Path, temperature: str):
     result = document("verify", MODEL, *arguments)
     assert result["differences"] == []
     assert result["identical"] == result["prompts"] == 2
+
+
+def test_chat_reads_lines_and_prints_the_conversation():
+    result = document("chat", MODEL, "--max-tokens", "8", "--system", "Be brief.", text="Name a river.\n\nAnother one.\n")
+    assert [m["role"] for m in result["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert [r["text"] for r in result["replies"]] == [m["content"] for m in result["messages"][2::2]]
+    shown = run("chat", MODEL, "--max-tokens", "8", "--system", "Be brief.", text="Name a river.\n/stats\n/nonsense\n/clear\n/quit\n")
+    assert shown.returncode == 0
+    assert shown.stdout.strip() == result["replies"][0]["text"].strip()
+    assert "tokens/s" in shown.stderr
+
+
+def test_version():
+    assert set(document("version")) == {"stretto", "python", "torch"}
+
+
+def test_bench_decode(tmp_path: Path):
+    few = ("--threads", "1", "--contexts", "16", "--prefills", "16", "--batch-contexts", "16", "--sequences", "2", "--rows", "2")
+    result = document("bench", "decode", MODEL, "--peers", "", "--rounds", "1", "--steps", "1", *few, "--out", str(tmp_path / "a.json"))
+    assert result["kind"] == "decode"
+    assert json.loads((tmp_path / "a.json").read_text()) == result
+
+
+def test_bench_ops():
+    assert document("bench", "ops", "sampling_argmax", "--rounds", "1", "--threads", "1")["kind"] == "ops"
 
 
 def test_doctor():
@@ -69,6 +100,30 @@ def test_doctor():
         (("generate", MODEL, "word " * 9000), "context"),
         (("verify", MODEL, "--prompts", "no/such/file"), "no/such/file"),
         (("generate",), "Missing argument"),
+        (("generate", "no-such-model", "hi"), "no-such-model"),
+        (("generate", MODEL, "hi", "--temperature", "inf"), "temperature: inf"),
+        (("generate", MODEL, "hi", "--max-tokens", "many"), "max-tokens"),
+        (("generate", MODEL, "hi", "--top-p", "0"), "top_p: 0"),
+        (("generate", MODEL, "hi", "--stop", ""), "stop: "),
+        (("generate", MODEL, "hi", "--seed", str(2**64)), "seed: "),
+        (("generate", MODEL, "hi", "--kv-dtype", "f8"), "kv_dtype: 'f8'"),
+        (("generate", MODEL, "hi", "--decode", "draft:no-such-model"), "no-such-model"),
+        (("generate", MODEL, "hi", "--nonsense"), "nonsense"),
+        (("generate", MODEL, "hi", "--max-tokens", "0", "--json"), "max_tokens: 0"),
+        (("chat", MODEL, "--max-tokens", "0"), "max_tokens: 0"),
+        (("chat", "no/such.gguf"), "no/such.gguf"),
+        (("verify", MODEL, "--prompts", __file__, "--batch", "0"), "batch: 0"),
+        (("verify", MODEL, "--prompts", __file__, "--max-tokens", "-1"), "max_tokens: -1"),
+        (("verify", MODEL, "--prompts", __file__, "--decode", "magic"), "decode: 'magic'"),
+        (("verify", MODEL, "--prompts", os.devnull), "no prompts"),
+        (("bench", "decode", MODEL, "--peers", "magic"), "peers: 'magic'"),
+        (("bench", "decode", MODEL, "--contexts", "a,b"), "contexts"),
+        (("bench", "decode", MODEL, "--rounds", "0"), "rounds: 0"),
+        (("bench", "decode", MODEL, "--threads", "0"), "threads"),
+        (("bench", "decode", MODEL, "--out", "no/such/folder/a.json"), "no/such/folder"),
+        (("bench", "ops", "magic"), "magic"),
+        (("bench", "ops", "--rounds", "0"), "rounds: 0"),
+        (("dance",), "dance"),
     ],
     ids=lambda value: " ".join(v[:20] for v in value) if isinstance(value, tuple) else None,
 )

@@ -84,13 +84,12 @@ def test_preemption_changes_nothing(plain):
 
 def test_draft_model(plain):
     """Another model of the same vocabulary guesses: a twin (nearly all accepted) and a stranger (nearly none)."""
-    from stretto.decoding.draft_model import DraftModelProposer
-    from stretto.decoding.width import CostCurve
+    from stretto.decoding.cost import CostCurve
 
     for seed, good in ((0, True), (1, False)):
         llm, draft = tiny_llm(), tiny_llm(seed=seed, max_seqs=1)
-        llm.engine._cost, llm.engine._cost_until = CostCurve((1, 32), (1.0, 1.0)), float("inf")  # rows cost nothing: drafts are always verified
-        llm._drafts["d"] = DraftModelProposer("draft:d", draft.engine.runner, draft.cache)
+        llm.engine.cost.assume(CostCurve((1, 32), (1.0, 1.0)))  # rows cost nothing: drafts are always verified
+        llm.add_draft("d", draft)
         results = llm.generate(prompts(8), max_tokens=24, ignore_eos=True, decode="draft:d")
         assert [r.tokens for r in results] == plain["greedy"]
         assert draft.cache.ledger().used == 0

@@ -27,8 +27,8 @@ template <class Element> __global__ void __launch_bounds__(kBlock) move_rows_ker
   const int64_t element = int64_t(blockIdx.x) * kBlock + threadIdx.x, layer = blockIdx.y;
   if (element >= row_elements) return;
   const int64_t slots = p.pages * p.page_size;
-  Element* base = reinterpret_cast<Element*>(plane.base) + layer * plane.layer_stride + element / plane.inner * p.page_size * plane.inner +
-                  element % plane.inner;
+  Element* base =
+      reinterpret_cast<Element*>(plane.base) + layer * plane.layer_stride + element / plane.inner * p.page_size * plane.inner + element % plane.inner;
   const auto place = [&](int64_t slot) { return slot / p.page_size * plane.page_stride + slot % p.page_size * plane.inner; };
   for (int64_t i = 0; i < p.pairs; ++i) {
     const int32_t src = p.src[i], dst = p.dst[i];
@@ -52,7 +52,8 @@ void copy_pages_cuda(const CacheMoveParams& p, cudaStream_t stream) {
   for (const CachePlane& plane : p.planes) {
     const int64_t page_bytes = p.heads * plane.outer * p.page_size * plane.inner * plane.element_bytes;
     if (!plane.base || page_bytes == 0) continue;
-    const bool packs = aligned16(plane.base) && (page_bytes | plane.layer_stride * plane.element_bytes | plane.page_stride * plane.element_bytes) % 16 == 0;
+    const bool packs =
+        aligned16(plane.base) && (page_bytes | plane.layer_stride * plane.element_bytes | plane.page_stride * plane.element_bytes) % 16 == 0;
     dispatch_unit(packs ? 16 : plane.element_bytes, [&](auto tag) {
       using Unit = typename decltype(tag)::type;
       launch_kernel<copy_pages_kernel<Unit>>({.grid = grid_of(p, page_bytes / int64_t(sizeof(Unit))), .block = kBlock, .stream = stream}, p, plane);

@@ -43,12 +43,12 @@ STRETTO_INLINE void block_dots(const uint8_t* block, const uint8_t* x, const uin
 
 #elif defined(STRETTO_ISA_avx2)
 
-// maddubs adds two products u8 * s8 into 16 bits: with values below 2^kBits, 2^(8 - kBits) such sums fit (15 * 127 * 2 * 8 = 30480,
+// maddubs adds two products u8 * s8 into 16 bits: with values below 2^kBits, 2^(7 - kBits) such sums fit (15 * 127 * 2 * 8 = 30480,
 // 31 * 127 * 2 * 4 = 31496, 63 * 127 * 2 * 2 = 32004) before they must be widened. Eight bits fit only as |w| * (x with w's sign):
 // 127 * 127 * 2 = 32258; the file's q is never -128, and if a hostile one is, 128 * 127 * 2 = 32512 still fits.
 template <class F, int R, int kFirst, int kLast>
 STRETTO_INLINE void block_dots(const uint8_t* block, const uint8_t* x, const uint8_t* bias, f32x16* dots) {
-  constexpr int kRun = 1 << (8 - F::kBits), kRows = R < 4 ? R : 4;
+  constexpr int kRun = F::kBits == 8 ? 1 : 1 << (7 - F::kBits), kRows = R < 4 ? R : 4;
   const __m256i ones = _mm256_set1_epi16(1);
   for (int r0 = 0; r0 < R; r0 += kRows) {
     __m256i lo[kRows], hi[kRows], lo16[kRows], hi16[kRows];

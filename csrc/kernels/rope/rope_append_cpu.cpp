@@ -91,7 +91,7 @@ template <class T> static void append_row(const RopeAppendParams& p, int64_t row
 void rope_append(const RopeAppendParams& p) {
   const int64_t rows = p.num_rows && *p.num_rows < p.rows ? *p.num_rows : p.rows;
   if (p.max_positions == 0) return;
-  const int64_t grain = 8192 / ((p.heads + 2 * p.kv_heads) * p.head_dim) + 1;  // about 5 us a task
+  const int64_t grain = 8192 / ((p.heads + 2 * p.kv_heads) * p.head_dim + 1) + 1;  // about 5 us a task
   const auto run = [&](auto tag) {
     using T = typename decltype(tag)::type;
     parallel_for(0, rows, grain, [&](int64_t row) { append_row<T>(p, row); });

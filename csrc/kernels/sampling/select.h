@@ -20,12 +20,17 @@ STRETTO_INLINE bool kept(const Cut& c, float logit, int32_t id) { return logit >
 
 struct Bins { double weight[kBins]; };
 
-// Linear bins from `high` down to `low`; monotone in the logit, which is all that is needed.
+// Linear bins from `high` down to `low`; monotone in the logit, which is all that is needed. An infinity counts as a number beyond
+// the range of float: with it as it is, every logit would share one bin, and the search would not end.
 struct BinScale {
   double high, per_unit;
-  BinScale(float low, float top) : high(top), per_unit(kBins / (double(top) - double(low))) {}
+  BinScale(float low, float top) : high(finite(top)), per_unit(kBins / (high - finite(low))) {}
+  static double finite(float x) {
+    constexpr double kBeyond = 6.8e38;
+    return double(x) < -kBeyond ? -kBeyond : double(x) > kBeyond ? kBeyond : double(x);
+  }
   int operator()(float logit) const {
-    const double b = (high - double(logit)) * per_unit;
+    const double b = (high - finite(logit)) * per_unit;
     return b < kBins - 1 ? static_cast<int>(b) : kBins - 1;
   }
 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import typer
 
@@ -28,7 +29,7 @@ app.command("doctor")(doctor.doctor)
 app.command("version")(version.version)
 
 # Typer raises what its option parser (click, or its own copy of it) raises; both derive from the class of BadParameter two steps up.
-_UsageError = typer.BadParameter.__mro__[1]
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,13 +50,13 @@ def _run(arguments: list[str]) -> int:
         result = app(args=arguments, prog_name="stretto", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except _UsageError as error:
-        return complain(error.format_message(), BAD_INPUT)  # type: ignore[attr-defined]
+        return complain(error.format_message(), BAD_INPUT)
     except typer.Exit as leave:
         return leave.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader (head, less) has left: nothing more to say
-        sys.stdout = None  # type: ignore[assignment]  # no second failure when the interpreter flushes
+        sys.stdout = None  # no second failure when the interpreter flushes
         return FAILED
     except (ValueError, NotImplementedError, OSError) as error:  # most of StrettoError are ValueErrors
         return complain(error, BAD_INPUT)

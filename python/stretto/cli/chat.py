@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stretto.cli.common import Debug, Decode, KvDtype, Model, Threads, write
+from stretto.cli.common import Debug, Decode, Json, KvDtype, Model, Threads, print_json, write
 from stretto.cli.generate import summary
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ def chat(
     decode: Decode = "auto",
     threads: Threads = None,
     kv_dtype: KvDtype = None,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Talk with a model."""
+    """Talk with a model. With --json each line of standard input is a message; the conversation is printed at its end."""
     from rich.console import Console
 
     from stretto.engine.params import SamplingParams
@@ -46,8 +47,23 @@ def chat(
         llm = stretto.load(model, threads=threads, kv_dtype=kv_dtype)
     if not llm.tokenizer.has_chat_template:
         raise ValueError(f"chat: model: {model} has no chat template; `stretto generate` continues plain text")
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    if json:
+        print_json(recite(llm, opening, [line.strip() for line in sys.stdin if line.strip()], options))
+        return
     console.print(f"[bold]{model}[/bold], {llm.threads} threads. {HELP}", highlight=False)
-    converse(llm, console, [{"role": "system", "content": system}] if system is not None else [], options)
+    converse(llm, console, opening, options)
+
+
+def recite(llm: LLM, opening: list[dict[str, str]], lines: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """A conversation whose one side is known beforehand: all messages, and the result of each reply."""
+    messages, replies = list(opening), []
+    for line in lines:
+        messages.append({"role": "user", "content": line})
+        result = llm.generate(messages, **options)
+        messages.append({"role": "assistant", "content": result.text})
+        replies.append(result.to_dict())
+    return {"messages": messages, "replies": replies}
 
 
 def converse(llm: LLM, console: Console, opening: list[dict[str, str]], options: dict[str, Any]) -> None:

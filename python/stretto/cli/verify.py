@@ -67,7 +67,7 @@ def compare(llm: LLM, inputs: Sequence[str | list[dict[str, str]]], method: str,
     """Generate all inputs plainly and with `method`, and list the first difference of each."""
     plain = [llm.generate(prompt, decode="off", **options) for prompt in inputs]
     fast = [r for start in range(0, len(inputs), batch) for r in llm.generate(list(inputs[start : start + batch]), decode=method, **options)]
-    differences = [d for i, (a, b) in enumerate(zip(plain, fast, strict=True)) if (d := first_difference(llm, i, a.tokens, b.tokens))]
+    differences = first_differences(llm, [r.tokens for r in plain], [r.tokens for r in fast])
     tokens = sum(r.usage.completion_tokens for r in plain)
     forwards = sum(r.stats.forwards for r in fast)
     plain_ms, fast_ms = (sum(r.stats.decode_ms for r in results) for results in (plain, fast))
@@ -86,13 +86,15 @@ def compare(llm: LLM, inputs: Sequence[str | list[dict[str, str]]], method: str,
     }
 
 
-def first_difference(llm: LLM, prompt: int, off: Sequence[int], method: Sequence[int]) -> Difference | None:
-    """Where two token lists part, or None."""
-    for at in range(max(len(off), len(method))):
-        a, b = (tokens[at] if at < len(tokens) else None for tokens in (off, method))
+def first_differences(llm: LLM, off: Sequence[Sequence[int]], method: Sequence[Sequence[int]]) -> list[Difference]:
+    """Where token lists part, for each prompt of which they do."""
+    found = []
+    for prompt, (a, b) in enumerate(zip(off, method, strict=True)):
         if a != b:
-            return Difference(prompt, at, a, b, llm.tokenizer.decode(list(off[max(0, at - 8) : at])))
-    return None
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            before = llm.tokenizer.decode(list(a[max(0, at - 8) : at]))
+            found.append(Difference(prompt, at, a[at] if at < len(a) else None, b[at] if at < len(b) else None, before))
+    return found
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -112,10 +114,12 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"prompts: {path}: {error}, expected JSON") from None
     if not isinstance(values, list) or not values:
         raise ValueError(f"prompts: {path}: no prompts in it, expected at least one")
-    texts = [v.get("prompt") if isinstance(v, dict) else v for v in values]
-    for number, text in enumerate(texts):
+    texts: list[str] = []
+    for number, value in enumerate(values):
+        text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str) or not text:
             raise ValueError(f"prompts: {path}: entry {number} is {text!r}, expected a text that is not empty")
+        texts.append(text)
     return texts
 
 

@@ -7,17 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from stretto.decoding.cost import CostCurve
 from stretto.decoding.proposer import Proposer
 from stretto.decoding.types import DraftTree
-from stretto.decoding.width import CostCurve, DepthAcceptance, best_width, leading_depths
+from stretto.decoding.width import DepthAcceptance, best_width, leading_depths
 
 MAX_NODES = 32
 """Largest tree asked for. Beyond it a step on a CPU costs more than any acceptance seen pays back; the cost curve ends there too."""
 
 PROBE_TOKENS = 64
-"""A proposer that does not pay is asked again after this many tokens, with PROBE_NODES."""
-
-PROBE_NODES = 3
+"""A proposer that does not pay is asked again after this many tokens, for a single guess."""
 
 FAULTS_ALLOWED = 3
 """A proposer that raises or returns garbage is dropped for this request after this many faults; the output stays right either way."""
@@ -35,6 +34,13 @@ class Arm:
     faults: int = 0
     next_probe: int = 0
     gain: float = 1.0
+    deepest: int = 0
+    """Most drafts accepted in one step so far."""
+
+    @property
+    def reach(self) -> int:
+        """Nodes that may be verified: two until a draft was right, then twice what was right. Text that never repeats pays for narrow steps only."""
+        return 2 * (self.deepest + 1)
 
 
 class Speculator:
@@ -76,12 +82,12 @@ class Speculator:
             if tree is None or len(tree.tokens) < 2:
                 continue
             arm.answered += 1
-            nodes, arm.gain = best_width(leading_depths(tree), arm.acceptance, cost, others, arm.draft_seconds)
+            nodes, arm.gain = best_width(leading_depths(tree)[: arm.reach], arm.acceptance, cost, others, arm.draft_seconds)
             if nodes == 1:
                 if not probing:
                     arm.next_probe = len(tokens) + PROBE_TOKENS
                     continue
-                nodes = min(PROBE_NODES, len(tree.tokens))
+                nodes = 2
             if probing:
                 arm.next_probe = len(tokens) + PROBE_TOKENS
             tree = tree.first(nodes)
@@ -111,6 +117,7 @@ class Speculator:
             arm, tree = self._used
             depth = leading_depths(tree)[-1]
             arm.acceptance.update(accepted, max(depth, accepted))
+            arm.deepest = max(arm.deepest, accepted)
             for d in range(1, tree.depth + 1):
                 self.drafted_by_depth[d] += 1
                 self.accepted_by_depth[d] += d <= accepted

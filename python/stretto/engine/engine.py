@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,20 +13,17 @@ from torch import Tensor
 
 from stretto.cache import PagedCache
 from stretto.cache import Sequence as CacheSequence
+from stretto.decoding.cost import WIDTHS, CostCurve, CostMeter
 from stretto.decoding.proposer import Proposer
 from stretto.decoding.speculator import MAX_NODES, Speculator
 from stretto.decoding.step import Rows, StepRunner
 from stretto.decoding.types import DraftTree
-from stretto.decoding.width import CostCurve
 from stretto.engine.params import SamplingParams
 from stretto.engine.request import Request, text_stream
 from stretto.engine.sampler import SampleRows, choose_tokens
 from stretto.errors import ContextTooLong, NonFiniteLogits, OutOfPages
 from stretto.models.loading.tokenizer import Tokenizer
 from stretto.models.text import TextModel
-
-COST_SECONDS = 30.0
-"""How long a measured cost curve is believed; measuring takes about half a percent of that."""
 
 MAX_PREEMPTIONS = 4
 """A request preempted this often is not chosen again, so that two requests cannot evict each other for ever."""
@@ -58,8 +56,7 @@ class Engine:
         self.runner = StepRunner(model, cache, max_rows=config.max_rows, max_seqs=config.max_seqs, context=config.context, threads=threads)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._cost: CostCurve | None = None
-        self._cost_until = 0.0
+        self.cost = CostMeter()
         self._next_id = 0
 
     # -- requests ---------------------------------------------------------------------------------------------------------------------
@@ -107,13 +104,15 @@ class Engine:
 
     def step(self) -> None:
         """One model step for as many requests as fit."""
+        start = time.perf_counter()
         works = self._plan()
         if not works:
             return
-        start = time.perf_counter()
+        ran = time.perf_counter()
         self.runner.run([w.rows for w in works])
-        seconds = time.perf_counter() - start
-        self._accept(works, seconds / len(works))
+        if all(w.tree is not None for w in works):
+            self.cost.observe(sum(len(w.rows.tokens) for w in works), time.perf_counter() - ran)
+        self._accept(works, start)
 
     def _plan(self) -> list[Work]:
         budget = self.config.max_rows
@@ -124,9 +123,9 @@ class Engine:
                 continue  # preempted below, by an earlier request of this loop
             others = len(decoding) - 1
             room = min(request.tokens_left, self.config.context - len(request.tokens) + 1, budget - others, MAX_NODES)
-            tree = (
-                request.speculator.propose(request.tokens, self.cost, others, room) if request.speculator.arms else DraftTree.root(request.tokens[-1])
-            )
+            tree = DraftTree.root(request.tokens[-1])
+            if request.speculator.arms:
+                tree = request.speculator.propose(request.tokens, self._step_cost(request.sequence, others), others, room)
             if not self._reserve(request, len(tree.tokens)):
                 tree = tree.first(1)
                 if not self._reserve_or_preempt(request, works):
@@ -199,15 +198,14 @@ class Engine:
         self.running.remove(request)
         self.waiting.appendleft(request)
 
-    def _accept(self, works: Sequence[Work], seconds: float) -> None:
-        """Choose the next tokens, commit what the drafts got right, and end what is over."""
+    def _accept(self, works: Sequence[Work], start: float) -> None:
+        """Choose the next tokens, commit what the drafts got right, and end what is over. `start`: when planning the step began."""
         rows = [
             SampleRows(w.request.params, w.request.lineage, w.rows.first_logit, w.tree, w.request.tokens)
             for w in works if w.rows.logit_count
         ]  # fmt: skip
-        start = time.perf_counter()
         verdicts = iter(choose_tokens(self.runner.logits, self.runner.argmax, rows))
-        seconds += (time.perf_counter() - start) / len(works)
+        seconds = (time.perf_counter() - start) / len(works)
         for work in works:
             request = work.request
             assert request.sequence is not None
@@ -252,25 +250,14 @@ class Engine:
 
     # -- cost of a step ---------------------------------------------------------------------------------------------------------------
 
-    @property
-    def cost(self) -> CostCurve:
-        """Seconds of a step by rows, measured at the first use and again every COST_SECONDS: who else uses the machine changes."""
-        now = time.monotonic()
-        if self._cost is None or now > self._cost_until:
-            try:
-                self._cost = CostCurve.measure(self.step_seconds, self.config.max_rows)
-            except OutOfPages:  # the cache is full of running requests: what is known must do
-                self._cost = self._cost or CostCurve((1,), (1.0,))
-            self._cost_until = now + COST_SECONDS
-        return self._cost
-
-    def step_seconds(self, rows: int) -> float:
-        """Seconds of one verification step over a chain of `rows` drafts on an empty context."""
-        sequence = self.cache.alloc()
-        try:
-            return self.chain_seconds([sequence], rows)
-        finally:
-            self.cache.free(sequence)
+    def _step_cost(self, sequence: CacheSequence, others: int) -> CostCurve:
+        """The cost curve. While it is the only one to decode, `sequence` lends its context to the measuring steps."""
+        if self.cost.due and (self.cost.curve is None or others == 0):
+            limit = min(self.config.max_rows, self.config.context - sequence.length, WIDTHS[-1])
+            with suppress(OutOfPages):  # the cache is full of running requests: measured when there is room
+                self.cache.reserve(sequence, limit)  # all of it first, so that no measurement ends half-way
+                self.cost.refresh(lambda rows: self.chain_seconds([sequence], rows), limit)
+        return self.cost.curve or CostCurve((1,), (1.0,))
 
     def chain_seconds(self, sequences: Sequence[CacheSequence], rows: int) -> float:
         """Seconds of one step in which each sequence verifies a chain of `rows` nodes; nothing is committed."""

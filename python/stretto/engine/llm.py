@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from stretto.decoding.trie import TrieProposer
 from stretto.engine.engine import Engine, EngineConfig
 from stretto.engine.params import SamplingParams
 from stretto.engine.request import Request
-from stretto.engine.results import Delta, Result
+from stretto.engine.results import Result
+from stretto.engine.stream import Stream
 from stretto.models.loading import find
 from stretto.models.loading.open import open_model
 from stretto.models.loading.tokenizer import Tokenizer
@@ -43,6 +45,7 @@ class LLM:
         self.trie = NgramTrie(vocab_size=model.config.vocab_size, max_bytes=TRIE_BYTES, fingerprint=tokenizer.fingerprint)
         self._drafts: dict[str, Proposer] = {}
         self._lock = threading.Lock()
+        self._dropped: deque[Request] = deque()
 
     # -- generation -------------------------------------------------------------------------------------------------------------------
 
@@ -71,8 +74,8 @@ class LLM:
 
         Args:
             prompt: a text (used as it is), chat messages ([{"role", "content"}, ...], through the model's template), token ids, or a list of these.
-            decode: "auto", "off", "ngram", "trie": how to speculate. The tokens are the same for each; only the speed differs.
-            stream: return an iterator of Delta instead; one prompt and n = 1 only.
+            decode: "auto", "off", "ngram", "trie" or "draft:MODEL": how to speculate. The tokens are the same for each; only the speed differs.
+            stream: return a Stream, an iterator of Delta, instead; one prompt and n = 1 only.
             others: see SamplingParams.
         Returns: a Result; for n > 1 a list of n; for a list of prompts a list in the same order.
         Raises: ValueError naming the argument; ContextTooLong; NonFiniteLogits (in a list of prompts, after the others have ended).
@@ -118,26 +121,48 @@ class LLM:
     def _draft(self, name: str) -> Proposer:
         """The proposer on another model, loaded at its first use."""
         if name not in self._drafts:
-            other = load(name, threads=self.threads, context=self.engine.config.context, max_seqs=1)
-            if other.tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise ValueError(f"generate: decode: draft model {name} has another vocabulary, expected that of {self.config.name}")
-            self._drafts[name] = DraftModelProposer(f"draft:{name}", other.engine.runner, other.cache)
+            self.add_draft(name, load(name, threads=self.threads, context=self.engine.config.context, max_seqs=1))
         return self._drafts[name]
+
+    def add_draft(self, name: str, other: LLM) -> None:
+        """Let a loaded model of the same vocabulary guess under decode="draft:name". It serves this model only from then on.
+
+        Raises: ValueError for another vocabulary.
+        """
+        if other.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(f"generate: decode: draft model {name} has another vocabulary, expected that of {self.config.name}")
+        self._drafts[name] = DraftModelProposer(f"draft:{name}", other.engine.runner, other.cache)
 
     def _submit(self, ids: Sequence[int], params: SamplingParams) -> list[Request]:
         with self._lock:
             return self.engine.submit(ids, params, self._proposers(params.decode))
 
+    def _step(self) -> None:
+        """One step of the engine, the lock held; what was dropped meanwhile takes no part in it."""
+        while self._dropped:
+            self.engine.cancel(self._dropped.popleft())
+        self.engine.step()
+
     def _advance(self, request: Request) -> None:
         """Step the engine unless the request has something to deliver already (another thread's step may have done it)."""
         with self._lock:
             if not request.finished and not request.deltas:
-                self.engine.step()
+                self._step()
 
-    def _cancel(self, requests: Sequence[Request]) -> None:
+    def _cancel(self, *requests: Request) -> None:
         with self._lock:
             for r in requests:
                 self.engine.cancel(r)
+
+    def _drop(self, request: Request) -> None:
+        """Cancel from a finalizer, which may run at any moment, in the middle of this thread's own step too: where the lock is taken, later."""
+        self._dropped.append(request)
+        if self._lock.acquire(blocking=False):
+            try:
+                while self._dropped:
+                    self.engine.cancel(self._dropped.popleft())
+            finally:
+                self._lock.release()
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Result]]:
         groups: list[list[Request]] = []
@@ -148,30 +173,17 @@ class LLM:
                 while not request.finished:
                     with self._lock:
                         if not request.finished:
-                            self.engine.step()
+                            self._step()
         finally:  # on an error or Ctrl-C nothing keeps running
-            self._cancel([r for group in groups for r in group])
+            self._cancel(*(r for group in groups for r in group))
         for request in (r for group in groups for r in group):
             if request.error is not None:
                 raise request.error
         return [[r.result() for r in group] for group in groups]
 
-    def _stream(self, ids: Sequence[int], params: SamplingParams) -> Iterator[Delta]:
+    def _stream(self, ids: Sequence[int], params: SamplingParams) -> Stream:
         (request,) = self._submit(ids, params)
-        return self._deltas(request)
-
-    def _deltas(self, request: Request) -> Iterator[Delta]:
-        try:
-            while True:
-                while request.deltas:
-                    yield request.deltas.popleft()
-                if request.error is not None:
-                    raise request.error
-                if request.finished:
-                    return
-                self._advance(request)
-        finally:  # the consumer may stop early
-            self._cancel([request])
+        return Stream(request, self._advance, self._cancel, self._drop)
 
     # -- looking inside ---------------------------------------------------------------------------------------------------------------
 

@@ -300,7 +300,9 @@ def _bad_rows(op: str, args: Callable[..., tuple[Any, ...]], make: Make) -> Iter
 
 def _mlstm_bad(make: Make) -> Iterator[BadCase]:
     names = ("q", "k", "v", "i", "f", "C", "n", "m", "cu_seqlens", "chunk", "eps", "gate_cap", "variant")
-    legal: dict[str, Any] = dict(zip(names, (*_inputs(make, 6, 2, 8, 16), *_state(make, 2, 2, 8, 16), _i32(0, 3, 6), 64, 1e-6, None, "exp"), strict=True))
+    legal: dict[str, Any] = dict(
+        zip(names, (*_inputs(make, 6, 2, 8, 16), *_state(make, 2, 2, 8, 16), _i32(0, 3, 6), 64, 1e-6, None, "exp"), strict=True)
+    )
 
     def args(**changes: Any) -> tuple[Any, ...]:
         return tuple(changes.get(name, value) for name, value in legal.items())
@@ -334,7 +336,9 @@ def _step_cases(make: Make) -> Iterator[Case]:
 
 def _step_bad(make: Make) -> Iterator[BadCase]:
     names = ("q", "k", "v", "i", "f", "C", "n", "m", "slot_ids", "cu_seqlens", "eps", "gate_cap", "variant")
-    legal: dict[str, Any] = dict(zip(names, (*_inputs(make, 6, 2, 8, 16), *_state(make, 2, 2, 8, 16), _i32(1, 0), _i32(0, 3, 6), 1e-6, None, "exp"), strict=True))
+    legal: dict[str, Any] = dict(
+        zip(names, (*_inputs(make, 6, 2, 8, 16), *_state(make, 2, 2, 8, 16), _i32(1, 0), _i32(0, 3, 6), 1e-6, None, "exp"), strict=True)
+    )
 
     def args(**changes: Any) -> tuple[Any, ...]:
         return tuple(changes.get(name, value) for name, value in legal.items())

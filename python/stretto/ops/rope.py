@@ -48,13 +48,19 @@ def table(positions: Tensor, rotary_dim: int, theta: float, scaling: Scaling | N
     Raises: ValueError naming the argument.
     """
     check(rotary_dim > 0 and rotary_dim % 2 == 0, f"rope.table: rotary_dim: {rotary_dim}, expected positive and even")
-    check(theta > 0, f"rope.table: theta: {theta}, expected above 0")
+    check(0 < theta < math.inf, f"rope.table: theta: {theta}, expected finite and above 0")
+    if scaling is not None:
+        check(0 < scaling.factor < math.inf, f"rope.table: scaling: factor {scaling.factor}, expected finite and above 0")
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
-    base = theta * scaling.factor ** (rotary_dim / (rotary_dim - 2)) if scaling is not None and scaling.type == "ntk" else theta
+    base = theta
+    if scaling is not None and scaling.type == "ntk":
+        check(rotary_dim > 2, "rope.table: rotary_dim: 2, expected at least 4 with ntk scaling, which leaves the first pair alone")
+        base = theta * scaling.factor ** (rotary_dim / (rotary_dim - 2))
     frequency = base**-exponents
     if scaling is not None and scaling.type == "linear":
         frequency = frequency / scaling.factor
     elif scaling is not None and scaling.type == "yarn":
+        check(theta > 1, f"rope.table: theta: {theta}, expected above 1 with yarn scaling")
         frequency = _yarn(frequency, rotary_dim, theta, scaling)
     elif scaling is not None and scaling.type == "llama3":
         frequency = _llama3(frequency, scaling)
@@ -116,6 +122,10 @@ def _append(
         v_scales=(v_scales, "pages kv_heads page_size", F32), num_rows=(num_rows, "1", I32),
     )  # fmt: skip
     check(order in ORDERS, f"rope.append: order: {order!r}, expected interleaved or half")
+    if num_heads < 0 or num_kv_heads < 0:
+        raise ValueError(f"rope.append: num_heads, num_kv_heads: {num_heads}, {num_kv_heads}, expected at least 0")
+    if not 0 <= norm_eps < math.inf:
+        raise ValueError(f"rope.append: norm_eps: {norm_eps}, expected finite and at least 0")
     width = (num_heads + 2 * num_kv_heads) * k_pages.shape[2]
     check(qkv.shape[1] == width, f"rope.append: qkv: {qkv.shape[1]} columns, expected {width} for these heads")
     check(num_kv_heads == k_pages.shape[1], f"rope.append: num_kv_heads: {num_kv_heads}, expected {k_pages.shape[1]} as in k_pages")
@@ -134,14 +144,18 @@ def _positional(*args: object) -> None:
     _append(*args)  # type: ignore[arg-type]
 
 
-def _arguments(make: Make, rows: int, order: str, dtype: torch.dtype = torch.float32, norms: bool = False, page_size: int = 16) -> tuple[object, ...]:
-    heads, kv_heads, head_dim, pages = 3, 1, 64, 8
+def _arguments(
+    make: Make, rows: int, order: str, dtype: torch.dtype = torch.float32, norms: bool = False, page_size: int = 16, *,
+    heads: int = 3, kv_heads: int = 1, head_dim: int = 64, rotary_dim: int = 64,
+) -> tuple[object, ...]:  # fmt: skip
+    pages = 8
+    scales = [make.randn(pages, kv_heads, page_size) for _ in range(2)] if dtype == torch.int8 else [None, None]
     slots = torch.randperm(pages * page_size, generator=make.generator)[:rows].to(torch.int32)
     slots[1::3] = -1
     return (
-        make.randn(rows, (heads + 2 * kv_heads) * head_dim), make.randint(0, 100, rows), slots, table(torch.arange(100), 64, 10000.0),
+        make.randn(rows, (heads + 2 * kv_heads) * head_dim), make.randint(0, 100, rows), slots, table(torch.arange(100), rotary_dim, 10000.0),
         make.randn(pages, kv_heads, head_dim, page_size, dtype=dtype), make.randn(pages, kv_heads, page_size, head_dim, dtype=dtype), heads, kv_heads,
-        order, make.randn(head_dim) if norms else None, make.randn(head_dim) if norms else None, 1e-6,
+        order, make.randn(head_dim) if norms else None, make.randn(head_dim) if norms else None, 1e-6, *scales,
     )  # fmt: skip
 
 
@@ -151,6 +165,11 @@ def _cases(make: Make) -> Iterator[Case]:
             yield Case(f"{order}-{rows}", _arguments(make, rows, order))
     yield Case("norms", _arguments(make, 9, "half", norms=True))
     yield Case("page-5", _arguments(make, 9, "interleaved", page_size=5))
+    for dtype in PAGES[1:]:
+        for order in ORDERS:
+            yield Case(f"{order}-{dtype}", _arguments(make, 20, order, dtype, page_size=7, heads=4, kv_heads=2, head_dim=80, rotary_dim=80))
+    yield Case("partly-rotated-int8", _arguments(make, 9, "half", torch.int8, heads=8, kv_heads=1, head_dim=128, rotary_dim=32))
+    yield Case("norms-int8", _arguments(make, 9, "interleaved", torch.int8, norms=True, heads=3, kv_heads=3, head_dim=256, rotary_dim=256))
 
 
 def _bad_cases(make: Make) -> Iterator[BadCase]:
@@ -158,6 +177,9 @@ def _bad_cases(make: Make) -> Iterator[BadCase]:
     yield BadCase("order", (*args[:8], "odd", *args[9:]), "rope.append: order: 'odd'")
     yield BadCase("position", (args[0], torch.full((4,), 100, dtype=torch.int32), *args[2:]), "rope.append: positions: 100")
     yield BadCase("slot", (*args[:2], torch.full((4,), 128, dtype=torch.int32), *args[3:]), "rope.append: slots: 128")
+    yield BadCase("negative-heads", (*args[:6], -1, *args[7:]), "rope.append: num_heads, num_kv_heads: -1, 1")
+    yield BadCase("norm_eps", (*args[:11], math.nan, *args[12:]), "rope.append: norm_eps: nan")
+    yield BadCase("scales", (*args[:12], torch.zeros(8, 1, 16), None), "rope.append: k_scales, v_scales: expected with int8 pages")
     yield BadCase("heads", (*args[:6], 4, *args[7:]), "rope.append: qkv: 320 columns")
 
 

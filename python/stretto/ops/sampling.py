@@ -217,9 +217,8 @@ def _warp(
         _write(out, result, num_rows)
         _write(status, torch.where(bad, RowStatus.BAD_ARGUMENT, ref.sampling.row_status(logits)), num_rows)
         return out
-    _backend._C.warp(
-        rows_contiguous(logits), temperature.contiguous(), top_k.contiguous(), top_p.contiguous(), min_p.contiguous(), out, status, num_rows
-    )  # type: ignore[union-attr]
+    filters = (temperature.contiguous(), top_k.contiguous(), top_p.contiguous(), min_p.contiguous())
+    _backend._C.warp(rows_contiguous(logits), *filters, out, status, num_rows)  # type: ignore[union-attr]
     return out
 
 

@@ -62,7 +62,7 @@ class LlamaEngine:
         self.vocab = self.library.llama_model_get_vocab(self.model)
         self.vocab_size = self.library.llama_vocab_n_tokens(self.vocab)
         self.random = random.Random(0)
-        self.sequences = 0
+        self.sequences = self.capacity = 0
         self.filled = 0  # positions of each sequence that hold the measured context
         self.context: Any = None
         self.batch: Any = None

@@ -18,9 +18,10 @@ class TransformersEngine:
         torch.set_num_threads(threads)
         file = Path(path)
         folder, gguf = (str(file.parent), file.name) if file.is_file() else (path, None)
-        self.model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        ).eval()
+        )
+        self.model = model.eval()
         self.vocab_size = int(self.model.config.vocab_size)
         self.generator = torch.Generator().manual_seed(0)
         self.cache: Any = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from stretto.models.loading.config import TextConfig
+
 CONTEXT_MARGIN = 128  # positions behind the longest measured context: timed steps write there
 
 
@@ -58,21 +60,23 @@ class StrettoEngine:
         return self.llm.bench_decode(context, steps, sequences, rows)
 
     def info(self) -> dict[str, Any]:
-        llm = self.llm
+        llm, config = self.llm, self.llm.config
+        if not isinstance(config, TextConfig):
+            raise NotImplementedError(f"bench: {config.name}: a wrapped model's operations are not counted; give a model of a native family")
         return {
             "weight_bytes": llm.weight_bytes,
             "kv_bytes_per_token": llm.kv_bytes_per_token,
             "threads": llm.threads,
-            "ops_per_token": matmul_ops(llm.config),
-            "attention_ops_per_position": 4 * llm.config.num_layers * llm.config.num_heads * llm.config.head_dim,
+            "ops_per_token": matmul_ops(config),
+            "attention_ops_per_position": 4 * config.num_layers * config.num_heads * config.head_dim,
         }
 
     def close(self) -> None:
         del self.llm
 
 
-def matmul_ops(config: Any) -> int:
-    """Multiplications and additions of one token's matrix products, head included. config: a TextConfig."""
+def matmul_ops(config: TextConfig) -> int:
+    """Multiplications and additions of one token's matrix products, head included."""
     c = config
     attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     return 2 * (c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.hidden_size * c.vocab_size)

@@ -28,12 +28,12 @@ def _half(raw: Bytes) -> Floats:
 
 def _nibbles(packed: Bytes) -> Bytes:
     """[blocks, n] -> [blocks, 2 n]: the n low halves, then the n high halves."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+    return np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
 
 
 def _high_bits(raw: Bytes) -> Bytes:
     """[blocks, 4] -> [blocks, 32]: bit j of the little-endian word, for value j, at the place of value 16."""
-    return np.unpackbits(np.ascontiguousarray(raw), axis=-1, bitorder="little") << 4
+    return np.unpackbits(np.ascontiguousarray(raw), axis=-1, bitorder="little") << np.uint8(4)
 
 
 def _f32(raw: Bytes) -> Floats:
@@ -93,8 +93,8 @@ def _q4_k(raw: Bytes) -> Floats:
 
 def _q5_k(raw: Bytes) -> Floats:
     # Bit s of byte j is the fifth bit of value j of sub-block s.
-    fifth = (raw[:, 16:48, None] >> np.arange(8, dtype=np.uint8)) & 1
-    return _k_blocks(raw, _nibbles(raw[:, 48:176].reshape(-1, 4, 32)).reshape(-1, 8, 32) | (fifth.swapaxes(1, 2) << 4))
+    fifth = (raw[:, 16:48, None] >> np.arange(8, dtype=np.uint8)) & np.uint8(1)
+    return _k_blocks(raw, _nibbles(raw[:, 48:176].reshape(-1, 4, 32)).reshape(-1, 8, 32) | (fifth.swapaxes(1, 2) << np.uint8(4)))
 
 
 def _q6_k(raw: Bytes) -> Floats:
@@ -124,7 +124,7 @@ def _inverse(scale: Floats) -> Floats:
 def _pack_nibbles(values: Floats) -> Bytes:
     """[blocks, 32] numbers -> [blocks, 16]: value j in the low half of byte j, value j + 16 in the high half."""
     quants = np.trunc(values).clip(0, 15).astype(np.uint8)
-    return quants[:, :16] | (quants[:, 16:] << 4)
+    return quants[:, :16] | (quants[:, 16:] << np.uint8(4))
 
 
 def _half_bytes(values: Floats) -> Bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +58,7 @@ class _Keys:
     def __init__(self, file: GgufFile) -> None:
         self.file = file
 
-    def fail(self, name: str, value: object, expected: str) -> Any:
+    def fail(self, name: str, value: object, expected: str) -> NoReturn:
         fail(self.file.path, f"tokenizer.ggml.{name}", value, expected)
 
     def get(self, name: str) -> Any:

@@ -21,12 +21,13 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.filters import do_round
 from jinja2.lexer import Token
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -289,7 +290,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         allowed = next((names for kind, names in _METHODS.items() if isinstance(obj, kind)), None)
         return super().is_safe_attribute(obj, attr, value) and (allowed is None or attr in allowed)
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
         budget.tick()
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
@@ -339,10 +340,11 @@ def _finalize(context: Context, value: Any) -> Any:
     return _budget.get().write(value)
 
 
-def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
-    text = str(text)
+def _replace(value: Any, old: str, new: str, count: int = -1) -> str:
+    text = str(value)
     _budget.get().size(_replaced_chars(text, old, new))
-    return text.replace(old, new, -1 if count is None else count)
+    replaced: str = text.replace(old, new, -1 if count is None else count)
+    return replaced
 
 
 def _join(values: Any, separator: str = "", attribute: str | int | None = None) -> str:
@@ -364,12 +366,13 @@ def _sum(values: Any, attribute: str | int | None = None) -> int | float:
 def _round(value: float, precision: int = 0, method: str = "common") -> float:
     if abs(precision) > 30:
         raise _Refused(f"rounds to {precision} digits")
-    return do_round(value, precision, method)  # type: ignore[arg-type]  # refuses an unknown method itself
+    rounded: float = do_round(value, precision, method)  # type: ignore[arg-type]  # refuses an unknown method itself
+    return rounded
 
 
 def _item(value: Any, name: str | int) -> Any:
     for part in str(name).split("."):
-        key = int(part) if part.isdigit() else part
+        key: Any = int(part) if part.isdigit() else part
         value = value[key] if isinstance(value, dict | list | tuple) else ""
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -151,7 +152,8 @@ class LlamaModel:
         heads, kv_heads, head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         queries = work.qkv[:, : heads * head_dim].unflatten(1, (heads, head_dim))
         attended = work.attended.unflatten(1, (heads, head_dim))
-        gate = {"silu": "silu", "gelu_tanh": "gelu_tanh"}[c.activation]
+        gates: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_tanh": "gelu_tanh"}
+        gate = gates[c.activation]
         quant.embedding(batch.tokens, self.embed, scale=c.embedding_scale, out=work.x, num_rows=n)
         for i, layer in enumerate(self.layers):
             norm.rms_norm(work.x, layer.attn_norm, c.norm_eps, out=work.h, num_rows=n)

@@ -63,9 +63,10 @@ class TransformersModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters but the input embedding, unless it is the head too."""
-        embedding = self._model.get_input_embeddings().weight
+        embedding: Tensor = self._model.get_input_embeddings().weight
         tied = self._model.get_output_embeddings().weight is embedding
-        return sum(p.nbytes for p in self._model.parameters()) - (0 if tied else embedding.nbytes)
+        parameters: list[Tensor] = list(self._model.parameters())
+        return sum(p.nbytes for p in parameters) - (0 if tied else embedding.nbytes)
 
     def workspace(self, rows: int) -> Workspace:
         return Workspace(torch.empty(rows, self.config.vocab_size))
@@ -80,7 +81,8 @@ class TransformersModel:
             out = self._model.base_model(
                 input_ids=batch.tokens[: step.rows].long()[None], position_ids=batch.positions[: step.rows].long()[None], use_cache=False
             )
-        return out.last_hidden_state[0]
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
 
     def logits(self, hidden: Tensor, rows: Tensor, num_rows: Tensor, work: Workspace) -> Tensor:
         count = int(num_rows[0])

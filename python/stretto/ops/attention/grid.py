@@ -131,8 +131,11 @@ def _cases(make: Make) -> Iterator[Case]:
             yield Case(f"{window}-{stride}-{causal}", (*make_grid(make, 1, (5, 6, 7), 2, 1, 32), window, stride, causal))
     yield Case("frame-causal", (*make_grid(make, 1, (3, 5, 5), 3, 1, 32, key_frames=7), None, [1, 1, 1], True))
     yield Case("grouped-heads", (*make_grid(make, 1, (2, 5, 20), 100, 1, 16), [1, 5, 6]))
-    yield Case("rope", (*make_grid(make, 1, (2, 3, 4), 2, 2, 24, key_frames=4), [0, 3, 3], [1, 1, 1], True, None, 9.0, None, rope3d_table((4, 3, 4), (8, 8, 8))))
-    q, k, v, grid = make_grid(make, 3, (1, 4, 4), 2, 2, 32)
+    yield Case(
+        "rope",
+        (*make_grid(make, 1, (2, 3, 4), 2, 2, 24, key_frames=4), [0, 3, 3], [1, 1, 1], True, None, 9.0, None, rope3d_table((4, 3, 4), (8, 8, 8))),
+    )
+    q, _k, _v, grid = make_grid(make, 3, (1, 4, 4), 2, 2, 32)
     pool = [make.randn(1, 6 * 16, 2, 32) for _ in range(2)]
     frames = torch.tensor([[0, 1, 5], [0, 2, 4], [3, 3, 3]], dtype=torch.int32)
     yield Case("pool", (q, *pool, grid, [2, 3, 3], [1, 1, 1], True, None, None, frames, rope3d_table((3, 4, 4), (16, 8, 8))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,12 +63,15 @@ def _paged(
         out=(out, "rows heads head_dim", F32), num_seqs=(num_seqs, "1", I32),
     )  # fmt: skip
     heads, kv_heads, head_dim = q.shape[1], k_pages.shape[1], q.shape[2]
-    check(kv_heads > 0 and heads % kv_heads == 0, f"attention.paged: q: {heads} heads, expected a multiple of the {kv_heads} in k_pages")
+    ok = kv_heads > 0 and heads > 0 and heads % kv_heads == 0
+    check(ok, f"attention.paged: q: {heads} heads, expected a positive multiple of the {kv_heads} in k_pages")
     check(cu_q.shape[0] == cached.shape[0] + 1, f"attention.paged: cu_q: {cu_q.shape[0]} values, expected {cached.shape[0] + 1}")
     check(scale == scale and abs(scale) < float("inf"), f"attention.paged: scale: {scale}, expected a finite number")
     check(window is None or window >= 1, f"attention.paged: window: {window}, expected at least 1")
     check(softcap is None or 0 < softcap < float("inf"), f"attention.paged: softcap: {softcap}, expected above 0")
-    check((k_pages.dtype == torch.int8) == (k_scales is not None), "attention.paged: k_scales: expected with int8 pages, and only then")
+    scaled = k_pages.dtype == torch.int8
+    check(scaled == (k_scales is not None), "attention.paged: k_scales: expected with int8 pages, and only then")
+    check(scaled == (v_scales is not None), "attention.paged: v_scales: expected with int8 pages, and only then")
     if head_dim % 16 and q.shape[0]:
         raise NotImplementedError(f"attention.paged: head_dim: {head_dim}, expected a multiple of 16; ops.ref.attention.paged takes any")
     if _backend.use_reference("paged_attention", q):
@@ -76,7 +80,7 @@ def _paged(
     if out is None:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     _backend._C.paged_attention(  # type: ignore[union-attr]
-        q if q.stride(-1) == 1 else q.contiguous(), k_pages, v_pages, table, cu_q, cached, scale, window or 0, softcap or 0.0, mask, mask_start,
+        q if q.stride(-1) == 1 else q.contiguous(), k_pages, v_pages, table, cu_q, cached, scale, min(window or 0, 1 << 31), softcap or 0.0, mask, mask_start,
         k_scales, v_scales, out, num_seqs,
     )  # fmt: skip
     return out
@@ -91,8 +95,11 @@ def make_paged(
     head_dim: int = 64,
     page_size: int = 16,
     dtype: torch.dtype = torch.float16,
-) -> tuple[Tensor, ...]:
-    """(q, k_pages, v_pages, table, cu_q, cached, scale) of sequences with (cached, new) rows; pages are shuffled, unused slots hold NaN."""
+) -> tuple[Any, ...]:
+    """(q, k_pages, v_pages, table, cu_q, cached, scale) of sequences with (cached, new) rows; pages are shuffled, unused slots hold NaN.
+
+    int8: all arguments of `paged`, the scales of unused slots being NaN.
+    """
     need = [-(-(c + n) // page_size) for c, n in lengths]
     order = torch.randperm(sum(need) + 2, generator=make.generator).to(torch.int32)
     width = max(need, default=0) + 1
@@ -100,17 +107,36 @@ def make_paged(
     poison = 0 if dtype == torch.int8 else float("nan")
     k_pages = torch.full((len(order), kv_heads, head_dim, page_size), poison).to(dtype)
     v_pages = torch.full((len(order), kv_heads, page_size, head_dim), poison).to(dtype)
+    scales = [torch.full((len(order), kv_heads, page_size), float("nan")) for _ in range(2)] if dtype == torch.int8 else []
     taken = 0
     for r, (c, n) in enumerate(lengths):
         table[r, : need[r]] = order[taken : taken + need[r]]
         taken += need[r]
         positions = torch.arange(c + n)
         page, offset = table[r, positions // page_size].long(), positions % page_size
+        if dtype == torch.int8:
+            k_pages[page, :, :, offset] = make.randint(-127, 128, c + n, kv_heads, head_dim, dtype=dtype)
+            v_pages[page, :, offset, :] = make.randint(-127, 128, c + n, kv_heads, head_dim, dtype=dtype)
+            for s in scales:
+                s[page, :, offset] = make.randn(c + n, kv_heads).abs() / 64
+            continue
         k_pages[page, :, :, offset] = make.randn(c + n, kv_heads, head_dim).to(dtype)
         v_pages[page, :, offset, :] = make.randn(c + n, kv_heads, head_dim).to(dtype)
     cu_q = torch.tensor([0, *torch.tensor([n for _, n in lengths]).cumsum(0).tolist()] if lengths else [0], dtype=torch.int32)
     q = make.randn(int(cu_q[-1]), heads, head_dim)
-    return q, k_pages, v_pages, table, cu_q, torch.tensor([c for c, _ in lengths], dtype=torch.int32), head_dim**-0.5  # type: ignore[return-value]
+    cached = torch.tensor([c for c, _ in lengths], dtype=torch.int32)
+    return q, k_pages, v_pages, table, cu_q, cached, head_dim**-0.5, *((None,) * 4 if scales else ()), *scales
+
+
+def _tree_arguments(make: Make, cached: list[int], parents: list[list[int]], window: int | None = None, **shape: Any) -> tuple[Any, ...]:
+    """Sequences whose new rows are trees; the last one is causal."""
+    args = make_paged(make, [*zip(cached, map(len, parents), strict=True), (9, 4)], **shape)
+    words = (max(map(len, parents)) + 63) // 64
+    masks = [ref.tree.ancestor_mask(torch.tensor([p]), torch.tensor([len(p)]))[0][0] for p in parents]
+    mask = torch.cat([torch.nn.functional.pad(m, (0, words - m.shape[1])) for m in masks])
+    starts = torch.tensor([0, *map(len, parents)]).cumsum(0).int()
+    starts[-1] = -1
+    return (*args[:7], window, None, mask, starts, *args[11:])
 
 
 def _cases(make: Make) -> Iterator[Case]:
@@ -121,6 +147,15 @@ def _cases(make: Make) -> Iterator[Case]:
         yield Case(f"page-{page_size}", make_paged(make, ragged, page_size=page_size))
     for heads, kv_heads, head_dim in [(4, 4, 64), (8, 1, 80), (2, 1, 96), (6, 2, 128), (4, 1, 256)]:
         yield Case(f"heads-{heads}-{kv_heads}-{head_dim}", make_paged(make, [(20, 5), (0, 33)], heads=heads, kv_heads=kv_heads, head_dim=head_dim))
+    for page_size, heads, kv_heads, head_dim in [(16, 4, 1, 64), (7, 3, 3, 80), (1, 8, 1, 128)]:
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        yield Case(f"int8-{page_size}-{heads}-{kv_heads}-{head_dim}", make_paged(make, ragged, page_size=page_size, dtype=torch.int8, **shape))
+    chain, star, bush = [-1, 0, 1, 2, 3], [-1, 0, 0, 0], [-1, 0, 0, 1, 1, 2, 4]
+    for dtype in (torch.float16, torch.int8):
+        yield Case(f"trees-{dtype}", _tree_arguments(make, [30, 0, 255], [chain, star, bush], dtype=dtype))
+    wide = [-1, *make.randint(0, 3, 80).tolist()]
+    yield Case("tree-of-81", _tree_arguments(make, [19], [[p if p < i else 0 for i, p in enumerate(wide)]], heads=8, kv_heads=2, page_size=5))
+    yield Case("tree-window", _tree_arguments(make, [30, 5], [chain, bush], window=4))
     yield Case("window", (*make_paged(make, ragged), 24))
     yield Case("softcap", (*make_paged(make, ragged), None, 20.0))
     yield Case("empty", make_paged(make, []))
@@ -136,6 +171,8 @@ def _bad_cases(make: Make) -> Iterator[BadCase]:
     yield BadCase("negative", (q, k_pages, v_pages, table, cu_q, cached - 21, scale), "attention.paged: cached: -1")
     yield BadCase("cu_q", (q, k_pages, v_pages, table, cu_q + 1, cached, scale), "attention.paged: cu_q: rows")
     yield BadCase("scale", (*args[:6], float("nan")), "attention.paged: scale: nan")
+    yield BadCase("no-heads", (q[:, :0], *args[1:]), "attention.paged: q: 0 heads")
+    yield BadCase("scales", (*args, None, None, None, None, torch.zeros(4, 1, 16)), "attention.paged: k_scales: expected with int8")
     yield BadCase("window", (*args, 0), "attention.paged: window: 0")
 
 

@@ -30,12 +30,12 @@ def flex(name: tuple[object, ...], mask: Callable[[], Tensor], q: Tensor, k: Ten
     key = _key("flex", name)
     if key not in _masks:
         sees = mask()
-        heads = sees.shape[1]
+        batch, heads, rows, keys = sees.shape
 
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return sees[b if sees.shape[0] > 1 else 0, h if heads > 1 else 0, i, j]
+            return sees[b if batch > 1 else 0, h if heads > 1 else 0, i, j]
 
-        _masks[key] = create_block_mask(mask_mod, sees.shape[0], heads, *sees.shape[2:], device="cpu")
+        _masks[key] = create_block_mask(mask_mod, batch, heads, rows, keys, device="cpu")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     result: Tensor = _compiled()(q, k, v, block_mask=_masks[key], enable_gqa=q.shape[1] != k.shape[1])
     return result

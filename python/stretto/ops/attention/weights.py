@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import F32, FLOATS, I32, check, rows_contiguous
 from stretto.ops.attention.prefill import check_attention, make_qkv, seen_pairs
 from stretto.ops.table import BadCase, Case, Cost, Make, register
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def sums(
@@ -41,9 +45,7 @@ def _sums(
     cu_q: Tensor | None = None, cu_k: Tensor | None = None, diagonals: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "attention.sums"
-    scale = check_attention(
-        op, q, k, k, scale, softcap, lse=(lse, "batch rows heads", F32), cu_q=(cu_q, "offsets", I32), cu_k=(cu_k, "offsets", I32)
-    )
+    scale = check_attention(op, q, k, k, scale, softcap, lse=(lse, "batch rows heads", F32), cu_q=(cu_q, "offsets", I32), cu_k=(cu_k, "offsets", I32))
     check(window is None or window >= 1, f"{op}: window: {window}, expected at least 1")
     check((cu_q is None) == (cu_k is None), f"{op}: cu_k: expected with cu_q, and only then")
     check(cu_q is None or q.shape[0] == 1, f"{op}: q: batch {q.shape[0]}, expected 1 with cu_q")
@@ -68,7 +70,13 @@ def _empty_sums(q: Tensor, k: Tensor, diagonals: bool) -> tuple[Tensor, Tensor]:
     return q.new_empty((batch, heads, k.shape[1]), dtype=torch.float32), q.new_empty((batch, heads, width), dtype=torch.float32)
 
 
-def _with_lse(make: Make, *sizes: int, dtype: torch.dtype = torch.float32, causal: bool = False, window: int | None = None) -> tuple[Tensor, ...]:
+def _with_lse(
+    make: Make,
+    *sizes: Unpack[tuple[int, int, int, int, int, int]],
+    dtype: torch.dtype = torch.float32,
+    causal: bool = False,
+    window: int | None = None,
+) -> tuple[Tensor, ...]:
     q, k, v = make_qkv(make, *sizes, dtype=dtype)
     return q, k, ref.attention.dense(q, k, v, None, causal, window)[1]
 
@@ -107,7 +115,7 @@ def _cost(
 
 def _bench_cases(make: Make) -> Iterator[Case]:
     yield Case("BERT-base 16 x 128", _with_lse(make, 16, 128, 128, 12, 12, 64))
-    q, k, v = make_qkv(make, 1, 64, 16384, 28, 4, 128, torch.bfloat16)
+    q, k, _v = make_qkv(make, 1, 64, 16384, 28, 4, 128, torch.bfloat16)
     lse = torch.zeros(1, 64, 28) + 10.0  # its value does not change the work
     yield Case("Qwen2.5-7B-1M last 64 of 16384", (q, k, lse, None, True), {"diagonals": True})
 
@@ -117,7 +125,8 @@ def _torch_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None, c
     scores = q.transpose(1, 2) @ k.repeat_interleave(q.shape[2] // k.shape[2], 2).permute(0, 2, 3, 1)
     if causal:
         scores = scores.masked_fill(~ref.attention.dense_sees(q.shape[1], k.shape[1], True, None), -torch.inf)
-    return (q.shape[3] ** -0.5 * scores.float()).softmax(-1).sum(2)
+    sums: Tensor = (q.shape[3] ** -0.5 * scores.float()).softmax(-1).sum(2)
+    return sums
 
 
 register(

@@ -49,8 +49,8 @@ def merge_states(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Te
     lse = torch.logaddexp(lse_a, lse_b)
     shift = lse.masked_fill(lse == -torch.inf, 0.0)
     out = torch.zeros(a.shape, dtype=lse.dtype)
-    for x, l in ((a, lse_a), (b, lse_b)):
-        weight = (l - shift).exp()[..., None]
+    for x, part in ((a, lse_a), (b, lse_b)):
+        weight = (part - shift).exp()[..., None]
         out = out + torch.where(weight == 0, torch.zeros_like(out), weight * x.to(lse.dtype))
     return out.to(a.dtype), lse
 
@@ -75,6 +75,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scale: float | None = 
     if not out:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=wide)
     return torch.stack(out, 2).to(q.dtype), torch.stack(lse, 2)
+
 
 def dense_sees(rows: int, keys: int, causal: bool, window: int | None) -> Tensor:
     """[1, 1, rows, keys]: what dense attention lets each query see."""

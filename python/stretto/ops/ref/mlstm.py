@@ -105,7 +105,7 @@ def _recurrent(
     first = cu_seqlens.tolist() if cu_seqlens is not None else list(range(len(slots) + 1))
     count = [b - a for a, b in pairwise(first)] if counts is None else counts.tolist()
     i, f = _capped(_wide(i), gate_cap), _capped(_wide(f), gate_cap)
-    where, carried = torch.tensor(slots, dtype=torch.int64), (C, n, m)
+    where, carried = torch.tensor(slots, dtype=torch.int64), tuple[Tensor, ...]((C, n, m))
     if not update:
         where, carried = torch.arange(len(slots)), tuple(x[slot_ids.clamp(min=0).long()] for x in carried)
     for t in range(max(count, default=0)):

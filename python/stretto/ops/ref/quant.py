@@ -116,7 +116,8 @@ def dequantize(raw: Tensor, fmt: str) -> Tensor:
 
 def _rows16(t: Tensor) -> Tensor:
     """[16 * groups, units, ...] -> [groups, units, 16, ...]"""
-    return t.unflatten(0, (-1, 16)).transpose(1, 2)
+    groups: Tensor = t.unflatten(0, (-1, 16))
+    return groups.transpose(1, 2)
 
 
 def _bytes(t: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def _bytes(t: Tensor) -> Tensor:
 
 def _pack_block(q: Tensor, bits: int) -> Tensor:
     """[..., 16 rows, 32] -> [..., bytes of a block without scales]"""
-    quads = q.unflatten(-1, (8, 4)).transpose(-3, -2).flatten(-2)  # [..., 8 quads, 64]
+    quads: Tensor = q.unflatten(-1, (8, 4)).transpose(-3, -2).flatten(-2)  # [..., 8 quads, 64]
     if bits == 8:
         return quads.flatten(-2)
     parts = [((quads[..., :4, :] & 15) | quads[..., 4:, :] << 4).flatten(-2)]
@@ -174,7 +175,8 @@ def _unpack_block(data: Tensor, bits: int) -> Tensor:
             quads = quads | _bits(data[..., 256:320], 1) << 4
         if bits == 6:
             quads = quads | _bits(data[..., 256:384].unflatten(-1, (2, 64)), 2).flatten(-3, -2) << 4
-    return quads.unflatten(-1, (16, 4)).transpose(-3, -2).flatten(-2)
+    rows: Tensor = quads.unflatten(-1, (16, 4))
+    return rows.transpose(-3, -2).flatten(-2)
 
 
 def unpack(packed: Tensor, fmt: str, n: int, k: int) -> Tensor:

@@ -6,6 +6,7 @@ are packed `[tokens, ...]` with `cu_seqlens`, or a batch `[batch, length, ...]`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,7 @@ def spans(cu_seqlens: Tensor | None, tokens: int) -> list[tuple[int, int]]:
     if cu_seqlens is None:
         return [(0, tokens)]
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def even(batch: int, length: int) -> Tensor:
@@ -28,7 +29,7 @@ def even(batch: int, length: int) -> Tensor:
 def steps(cu_seqlens: Tensor | None, slots: Tensor | None, tokens: int) -> Iterator[tuple[int, int, int]]:
     """(begin, end, slot) of each sequence of a step; without cu_seqlens each row is one."""
     bounds = list(range(tokens + 1)) if cu_seqlens is None else cu_seqlens.tolist()
-    for b, (i, j) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for b, (i, j) in enumerate(itertools.pairwise(bounds)):
         yield i, j, b if slots is None else int(slots[b])
 
 
@@ -37,7 +38,12 @@ def activated(y: Tensor, activation: str | None) -> Tensor:
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, initial: Tensor | None = None, cu_seqlens: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, final): y[t] = act(bias + sum_k weight[k] x[t - K + 1 + k]); final holds the last K - 1 inputs of each sequence."""
     if x.dim() == 3:
@@ -105,8 +111,9 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, h_last): h = exp(delta A) h + delta u B; y = (C h + D u) silu(z)."""
     if u.dim() == 3:
-        flat = [t if t is None else t.flatten(0, 1) for t in (u, dt, B, C, z)]
-        y, last = selective_scan(flat[0], flat[1], A, flat[2], flat[3], D, flat[4], dt_bias, softplus, h0, even(*u.shape[:2]))
+        flat_u, flat_dt, flat_b, flat_c = (t.flatten(0, 1) for t in (u, dt, B, C))
+        flat_z = None if z is None else z.flatten(0, 1)
+        y, last = selective_scan(flat_u, flat_dt, A, flat_b, flat_c, D, flat_z, dt_bias, softplus, h0, even(*u.shape[:2]))
         return y.view(u.shape), last
     delta, x = step_size(dt, dt_bias, softplus, A.dtype), u.to(A.dtype)
     b, c = per_channel(B.to(A.dtype), u.shape[1]), per_channel(C.to(A.dtype), u.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,8 +11,11 @@ from torch import Tensor
 from stretto.ops._check import FLOATS
 from stretto.ops.table import BadCase, Case, Make
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class ring_rows:  # noqa: N801  a namespace
+
+class ring_rows:
     """Small integer tensors of a call: bounds of sequences, and rows to replay."""
 
     @staticmethod
@@ -48,7 +52,10 @@ def selective_case(make: Make, tokens: int, channels: int, states: int, groups: 
 
 def selective_cases(make: Make) -> Iterator[Case]:
     for dtype in FLOATS:
-        def case(name: str, *sizes: int, cu: Tensor | None = None, h0: Tensor | None = None, dtype: torch.dtype = dtype) -> Case:
+
+        def case(
+            name: str, *sizes: Unpack[tuple[int, int, int, int]], cu: Tensor | None = None, h0: Tensor | None = None, dtype: torch.dtype = dtype
+        ) -> Case:
             return Case(f"{name}-{dtype}", (*selective_case(make, *sizes, dtype), True, h0, cu))
 
         yield case("ragged", 9, 34, 16, 2, cu=ring_rows.cu(5, 1, 3), h0=make.randn(3, 34, 16))

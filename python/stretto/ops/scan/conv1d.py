@@ -156,6 +156,7 @@ def _cu(*lengths: int) -> Tensor:
 
 def _cases(make: Make) -> Iterator[Case]:
     for dtype in FLOATS:
+
         def x(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return make.randn(*shape, dtype=dtype)
 
@@ -190,16 +191,25 @@ def _bad(make: Make) -> Iterator[BadCase]:
 def _bench(make: Make) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for name, channels in [("Mamba-130M", 1536), ("Mamba-2.8B", 5120)]:
-            yield Case(f"{name} 1 x 1024 {dtype}", (make.randn(1, 1024, channels, dtype=dtype), make.randn(channels, 4), make.randn(channels), "silu"))
+            yield Case(
+                f"{name} 1 x 1024 {dtype}", (make.randn(1, 1024, channels, dtype=dtype), make.randn(channels, 4), make.randn(channels), "silu")
+            )
 
 
 def _torch_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, initial: Tensor | None = None, cu_seqlens: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     if x.dim() != 3 or initial is not None:
         raise NotImplementedError("a batch without initial state only")
     width = weight.shape[1]
-    y = torch.nn.functional.conv1d(x.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), padding=width - 1, groups=x.shape[2])
+    y = torch.nn.functional.conv1d(
+        x.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), padding=width - 1, groups=x.shape[2]
+    )
     return ref.scan.activated(y[..., : x.shape[1]], activation).mT
 
 
@@ -258,7 +268,13 @@ def _step_bench(make: Make) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for name, channels in [("Mamba-130M", 1536), ("Mamba-2.8B", 5120)]:
             for batch in (1, 16):
-                args = (make.randn(batch, channels, dtype=dtype), make.randn(batch, channels, 3), make.randn(channels, 4), make.randn(channels), "silu")
+                args = (
+                    make.randn(batch, channels, dtype=dtype),
+                    make.randn(batch, channels, 3),
+                    make.randn(channels, 4),
+                    make.randn(channels),
+                    "silu",
+                )
                 yield Case(f"{name} batch {batch} {dtype}", args)
 
 
@@ -278,7 +294,9 @@ register(
     cases=_step_cases,
     bad_cases=_step_bad,
     bench_cases=_step_bench,
-    cost=lambda x, state, weight, *rest: Cost(2 * x.nbytes + weight.nbytes + 2 * 4 * x.numel() * state.shape[2], flops=(2 * weight.shape[1] + 4) * x.numel()),
+    cost=lambda x, state, weight, *rest: Cost(
+        2 * x.nbytes + weight.nbytes + 2 * 4 * x.numel() * state.shape[2], flops=(2 * weight.shape[1] + 4) * x.numel()
+    ),
     bound="latency",
     peers={"torch": _torch_step},
     source="arXiv 2312.00752",

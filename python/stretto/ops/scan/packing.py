@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def check_bounds(op: str, cu_seqlens: Tensor, tokens: int) -> None:
     values = cu_seqlens.tolist()
     check(bool(values), f"{op}: cu_seqlens: no elements, expected batch + 1")
     check(values[0] == 0, f"{op}: cu_seqlens: {values[0]} at 0, expected 0")
-    for b, (first, last) in enumerate(zip(values[:-1], values[1:], strict=True)):
+    for b, (first, last) in enumerate(itertools.pairwise(values)):
         if last < first:
             raise ValueError(f"{op}: cu_seqlens: {last} after {first} at {b + 1}, expected it not to decrease")
     check(values[-1] == tokens, f"{op}: cu_seqlens: {values[-1]} at {len(values) - 1}, expected {tokens}, the number of rows")
@@ -84,9 +85,7 @@ def check_batch(op: str, slots: Tensor | None, cu_seqlens: Tensor | None, tokens
         raise ValueError(f"{op}: slots: {slots.shape[0]} sequences, expected {batch}")
 
 
-def check_step(
-    op: str, slots: Tensor | None, cu_seqlens: Tensor | None, parent: Tensor | None, update: bool, tokens: int, num_slots: int
-) -> None:
+def check_step(op: str, slots: Tensor | None, cu_seqlens: Tensor | None, parent: Tensor | None, update: bool, tokens: int, num_slots: int) -> None:
     """Raise ValueError for what a step over `tokens` rows cannot mean."""
     check(parent is None or not update, f"{op}: update: True with parent, expected False: a tree has no last row")
     if cu_seqlens is not None:
@@ -97,7 +96,7 @@ def check_step(
         return
     starts = list(range(tokens + 1)) if cu_seqlens is None else cu_seqlens.tolist()
     parents = parent.tolist()
-    for first, last in zip(starts[:-1], starts[1:], strict=True):
+    for first, last in itertools.pairwise(starts):
         for t in range(first, last):
             if parents[t] >= t - first:
                 raise ValueError(f"{op}: parent: {parents[t]} at {t}, row {t - first} of its sequence, expected a row before it or -1")

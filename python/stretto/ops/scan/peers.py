@@ -30,7 +30,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def _selective_update(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+def _selective_update(
+    h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
+) -> tuple[Tensor, Tensor]:
     delta, x = plus(dt.float() + dt_bias), u.float()
     h = torch.exp(delta[..., None] * A) * h + (delta * x)[..., None] * B.float()
     y = (h * C.float()).sum(-1) + D * x
@@ -47,9 +49,7 @@ def compiled_selective_step(
     return y  # type: ignore[no-any-return]
 
 
-def compiled_selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, softplus: bool
-) -> Tensor:
+def compiled_selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, softplus: bool) -> Tensor:
     """A loop over tokens, its body fused by torch.compile."""
     _only(u.dim() == 3 and B.shape[2] == 1 and softplus, "a batch with one group and softplus only")
     body, ys = _compiled(_selective_update), []
@@ -60,13 +60,11 @@ def compiled_selective_scan(
     return torch.stack(ys, 1)
 
 
-def mambapy_selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, softplus: bool
-) -> Tensor:
+def mambapy_selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, softplus: bool) -> Tensor:
     """mambapy's parallel scan."""
     pscan = _module("mambapy.pscan", "mambapy").pscan
     _only(u.dim() == 3 and B.shape[2] == 1 and softplus, "a batch with one group and softplus only")
     delta, x = plus(dt.float() + dt_bias), u.float()
     h = pscan(torch.exp(delta[..., None] * A), (delta * x)[..., None] * B.float())
-    y = (h @ C.float().mT).squeeze(3) + D * x
+    y: Tensor = (h @ C.float().mT).squeeze(3) + D * x
     return (y * silu(z.float())).to(u.dtype)

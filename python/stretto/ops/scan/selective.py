@@ -171,7 +171,8 @@ register(
     bad_cases=selective_bad,
     bench_cases=selective_bench,
     cost=lambda u, dt, A, B, C, D=None, z=None, dt_bias=None, softplus=False, h0=None, cu_seqlens=None: Cost(
-        (3 if z is None else 4) * u.nbytes + 2 * B.nbytes + 2 * A.nbytes, flops=19 * u.numel() * A.shape[1]  # 13 of them the exponential
+        (3 if z is None else 4) * u.nbytes + 2 * B.nbytes + 2 * A.nbytes,
+        flops=19 * u.numel() * A.shape[1],  # 13 of them the exponential
     ),
     bound="compute",
     peers={"compiled torch loop": compiled_selective_scan, "mambapy": mambapy_selective_scan},
@@ -182,7 +183,10 @@ register(
 def _step_cases(make: Make) -> Iterator[Case]:
     i32 = torch.int32
     for dtype in FLOATS:
-        def case(name: str, tokens: int, slots: int, *rest: object, channels: int = 34, groups: int = 2, states: int = 16, dtype: torch.dtype = dtype) -> Case:
+
+        def case(
+            name: str, tokens: int, slots: int, *rest: object, channels: int = 34, groups: int = 2, states: int = 16, dtype: torch.dtype = dtype
+        ) -> Case:
             inputs = selective_case(make, tokens, channels, states, groups, dtype)
             return Case(f"{name}-{dtype}", (make.randn(slots, channels, states), *inputs, True, *rest))
 
@@ -208,7 +212,9 @@ def _step_bad(make: Make) -> Iterator[BadCase]:
     for slot in (4, 5, 2**31 - 1):
         yield BadCase(f"slot{slot}", (state, *inputs, True, torch.tensor([0, slot, 1], dtype=i32)), f"{op}: slots: {slot} at 1")
     yield BadCase("twice", (state, *inputs, True, torch.tensor([0, 1, 0], dtype=i32)), f"{op}: slots: 0 at 2 a second time")
-    yield BadCase("tree-update", (state, *inputs, True, None, ring_rows.cu(3), torch.tensor([-1, 0, 1], dtype=i32)), f"{op}: update: True with parent")
+    yield BadCase(
+        "tree-update", (state, *inputs, True, None, ring_rows.cu(3), torch.tensor([-1, 0, 1], dtype=i32)), f"{op}: update: True with parent"
+    )
     yield BadCase("groups", (state, inputs[0], inputs[1], inputs[2], *(make.randn(3, 3, 4) for _ in range(2))), f"{op}: B: 3 groups")
 
 
