@@ -41,8 +41,8 @@ void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, Tenso
                      int64_t window, float softcap, OptionalTensor mask, OptionalTensor mask_start, OptionalTensor k_scales, OptionalTensor v_scales,
                      TensorView out, OptionalTensor num_seqs) {
   require(q.ndim == 3 && q.dtype == DType::f32 && q.contiguous_from(2), kOp, "q", "expected float32 [rows, heads, head_dim] with adjacent elements");
-  require(k_pages.ndim == 4 && k_pages.contiguous() && v_pages.contiguous() && v_pages.ndim == 4, kOp, "k_pages, v_pages",
-          "expected contiguous pages");
+  require(k_pages.ndim == 4 && v_pages.ndim == 4 && k_pages.contiguous_from(1) && v_pages.contiguous_from(1), kOp, "k_pages, v_pages",
+          "expected dense pages");
   const int64_t pages = k_pages.shape[0], kv_heads = k_pages.shape[1], head_dim = q.shape[2], page_size = k_pages.shape[3];
   require(k_pages.shape[2] == head_dim && v_pages.shape[0] == pages && v_pages.shape[1] == kv_heads && v_pages.shape[2] == page_size &&
               v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype,
@@ -65,7 +65,7 @@ void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, Tenso
   require((k_pages.dtype == DType::i8) == k_scales.has_value() && k_scales.has_value() == v_scales.has_value(), kOp, "k_scales, v_scales",
           "expected with int8 pages, and only then");
   for (const OptionalTensor& s : {k_scales, v_scales})
-    if (s) require_tensor(*s, kOp, "k_scales, v_scales", DType::f32, {pages, kv_heads, page_size});
+    if (s) require_tensor(*s, kOp, "k_scales, v_scales", DType::f32, {pages, kv_heads, page_size}, 1);
   const PagedAttentionParams p{.q = q.data<float>(),
                                .k_pages = k_pages.data(),
                                .v_pages = v_pages.data(),
@@ -91,6 +91,10 @@ void paged_attention(TensorView q, TensorView k_pages, TensorView v_pages, Tenso
                                .q_row = q.strides[0],
                                .q_head = q.strides[1],
                                .out_row = out.strides[0],
+                               .k_page = k_pages.strides[0],
+                               .v_page = v_pages.strides[0],
+                               .k_scale_page = k_scales ? k_scales->strides[0] : 0,
+                               .v_scale_page = v_scales ? v_scales->strides[0] : 0,
                                .window = window,
                                .scale = scale,
                                .softcap = softcap,

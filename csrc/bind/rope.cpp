@@ -9,8 +9,8 @@ constexpr const char* kOp = "rope.append";
 void rope_append(TensorView qkv, TensorView positions, TensorView slots, TensorView cos_sin, TensorView k_pages, TensorView v_pages, int64_t heads,
                  int64_t kv_heads, bool interleaved, OptionalTensor q_norm, OptionalTensor k_norm, float norm_eps, OptionalTensor k_scales,
                  OptionalTensor v_scales, OptionalTensor num_rows) {
-  require(k_pages.ndim == 4 && k_pages.contiguous() && v_pages.contiguous() && v_pages.ndim == 4, kOp, "k_pages, v_pages",
-          "expected contiguous pages");
+  require(k_pages.ndim == 4 && v_pages.ndim == 4 && k_pages.contiguous_from(1) && v_pages.contiguous_from(1), kOp, "k_pages, v_pages",
+          "expected dense pages");
   const int64_t pages = k_pages.shape[0], head_dim = k_pages.shape[2], page_size = k_pages.shape[3], rows = qkv.shape[0];
   require(k_pages.shape[1] == kv_heads && v_pages.shape[0] == pages && v_pages.shape[1] == kv_heads && v_pages.shape[2] == page_size &&
               v_pages.shape[3] == head_dim && v_pages.dtype == k_pages.dtype,
@@ -28,7 +28,7 @@ void rope_append(TensorView qkv, TensorView positions, TensorView slots, TensorV
   require((k_pages.dtype == DType::i8) == k_scales.has_value() && k_scales.has_value() == v_scales.has_value(), kOp, "k_scales, v_scales",
           "expected with int8 pages, and only then");
   for (const OptionalTensor& s : {k_scales, v_scales})
-    if (s) require_tensor(*s, kOp, "k_scales, v_scales", DType::f32, {pages, kv_heads, page_size});
+    if (s) require_tensor(*s, kOp, "k_scales, v_scales", DType::f32, {pages, kv_heads, page_size}, 1);
   const RopeAppendParams p{.qkv = qkv.data<float>(),
                            .positions = positions.data<int32_t>(),
                            .slots = slots.data<int32_t>(),
@@ -49,6 +49,10 @@ void rope_append(TensorView qkv, TensorView positions, TensorView slots, TensorV
                            .max_positions = cos_sin.shape[0],
                            .pages = pages,
                            .page_size = page_size,
+                           .k_page = k_pages.strides[0],
+                           .v_page = v_pages.strides[0],
+                           .k_scale_page = k_scales ? k_scales->strides[0] : 0,
+                           .v_scale_page = v_scales ? v_scales->strides[0] : 0,
                            .norm_eps = norm_eps,
                            .interleaved = interleaved,
                            .dtype = k_pages.dtype};

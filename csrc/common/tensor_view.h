@@ -42,8 +42,10 @@ inline void require(bool ok, const char* op, const char* argument, const std::st
   if (!ok) throw std::invalid_argument(std::string(op) + ": " + argument + ": " + problem);
 }
 
-// A dense tensor of this type and rank; -1 in `shape` is any size. That the tensors of a call share a device, Python's check_tensors has seen.
-inline void require_tensor(const TensorView& t, const char* op, const char* argument, DType dtype, std::initializer_list<int64_t> shape) {
+// A tensor of this type and rank, dense from dimension `dense_from` on; -1 in `shape` is any size. That the tensors of a call share a device,
+// Python's check_tensors has seen.
+inline void require_tensor(const TensorView& t, const char* op, const char* argument, DType dtype, std::initializer_list<int64_t> shape,
+                           int dense_from = 0) {
   require(t.dtype == dtype, op, argument, std::string(dtype_name(t.dtype)) + ", expected " + dtype_name(dtype));
   require(t.ndim == static_cast<int>(shape.size()), op, argument, std::to_string(t.ndim) + " dimensions, expected " + std::to_string(shape.size()));
   int i = 0;
@@ -52,7 +54,7 @@ inline void require_tensor(const TensorView& t, const char* op, const char* argu
             "size " + std::to_string(t.shape[i]) + " in dimension " + std::to_string(i) + ", expected " + std::to_string(want));
     ++i;
   }
-  require(t.contiguous(), op, argument, "strided, expected contiguous");
+  require(t.contiguous_from(dense_from), op, argument, "strided, expected contiguous");
 }
 
 }  // namespace stretto

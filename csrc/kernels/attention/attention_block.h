@@ -265,16 +265,16 @@ template <class T> class Worker {
       const int64_t position = origin + i, offset = position % p.page_size;
       int64_t page = table[position / p.page_size];
       page = page < 0 ? 0 : page >= p.pages ? p.pages - 1 : page;
-      const int64_t plane = page * p.kv_heads + kv_head, left = p.page_size - offset;
+      const int64_t head = kv_head * p.page_size, left = p.page_size - offset;
       const int stop = left < end - i ? static_cast<int>(i + left) : end;
-      const T* key = static_cast<const T*>(p.k_pages) + plane * p.page_size * p.head_dim + offset;
-      const T* value = static_cast<const T*>(p.v_pages) + (plane * p.page_size + offset) * p.head_dim;
+      const T* key = static_cast<const T*>(p.k_pages) + page * p.k_page + head * p.head_dim + offset;
+      const T* value = static_cast<const T*>(p.v_pages) + page * p.v_page + (head + offset) * p.head_dim;
       if (!gather)
         for (int j = i & ~(kLanes - 1); j < stop; j += kLanes) vectors[j / kLanes] = key + (j - i);
       for (int j = i; j < stop; ++j) values[j] = value + (j - i) * p.head_dim;
       if (p.k_scales) {
-        const float* ks = p.k_scales + plane * p.page_size + offset;
-        const float* vs = p.v_scales + plane * p.page_size + offset;
+        const float* ks = p.k_scales + page * p.k_scale_page + head + offset;
+        const float* vs = p.v_scales + page * p.v_scale_page + head + offset;
         for (int j = i; j < stop; ++j) k_scale[j] = ks[j - i], v_scale[j] = vs[j - i];
       }
       i = stop;
@@ -298,7 +298,7 @@ template <class T> class Worker {
       const int64_t position = origin + i, offset = position % p.page_size;
       int64_t page = table[position / p.page_size];
       page = page < 0 ? 0 : page >= p.pages ? p.pages - 1 : page;
-      const T* from = static_cast<const T*>(p.k_pages) + (page * p.kv_heads + kv_head) * p.page_size * p.head_dim + offset;
+      const T* from = static_cast<const T*>(p.k_pages) + page * p.k_page + kv_head * p.page_size * p.head_dim + offset;
       const int64_t left = p.page_size - offset;
       const int stop = left < last - i ? static_cast<int>(i + left) : last;
       for (int64_t d = 0; d < p.head_dim; ++d, from += p.page_size)

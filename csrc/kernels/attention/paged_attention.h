@@ -22,8 +22,8 @@ namespace stretto {
 struct PagedAttentionParams {
   const float* q;         // [rows, heads, head_dim], strides q_row, q_head; elements contiguous
   const void* k_pages;    // [pages, kv_heads, head_dim, page_size] of dtype: a key is a column, so that keys are lanes
-  const void* v_pages;    // [pages, kv_heads, page_size, head_dim] of dtype
-  const float* k_scales;  // int8: [pages, kv_heads, page_size], value = int8 * scale; else null
+  const void* v_pages;    // [pages, kv_heads, page_size, head_dim] of dtype; pages k_page and v_page apart, each dense
+  const float* k_scales;  // int8: [pages, kv_heads, page_size], pages k_scale_page apart, value = int8 * scale; else null
   const float* v_scales;
   const int32_t* table;       // [seqs, table_width]: page of each page_size positions
   const int32_t* cu_q;        // [seqs + 1]: sequence r owns rows cu_q[r] .. cu_q[r + 1]
@@ -34,6 +34,7 @@ struct PagedAttentionParams {
   float* out;                 // [rows, heads, head_dim], rows out_row apart; overlaps no input. Rows of no sequence are left alone
   int64_t rows, heads, kv_heads, head_dim, pages, page_size, seqs, table_width, mask_rows, mask_words;
   int64_t q_row, q_head, out_row;
+  int64_t k_page, v_page, k_scale_page, v_scale_page;
   int64_t window;  // a row at position p sees positions > p - window; 0: all
   float scale;
   float softcap;  // scores become softcap * tanh(score / softcap); 0: none

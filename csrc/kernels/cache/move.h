@@ -10,10 +10,11 @@
 namespace stretto {
 
 // One tensor [layers, pages, heads, outer, page_size, inner]: keys have outer = head_dim and inner = 1, values outer = 1 and
-// inner = head_dim, scales of int8 rows 1 and 1.
+// inner = head_dim, scales of int8 rows 1 and 1. A page of a layer is dense; layers and pages are any distance apart.
 struct CachePlane {
   char* base;  // null: not there
   int64_t outer, inner, element_bytes;
+  int64_t layer_stride, page_stride;  // in elements
 };
 
 struct CacheMoveParams {

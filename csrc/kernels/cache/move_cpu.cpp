@@ -21,10 +21,11 @@ void copy_pages(const CacheMoveParams& p) {
     for (const CachePlane& plane : p.planes) {
       if (!plane.base) continue;
       const int64_t page_bytes = p.heads * plane.outer * p.page_size * plane.inner * plane.element_bytes;
-      char* base = plane.base + layer * p.pages * page_bytes;
+      char* base = plane.base + layer * plane.layer_stride * plane.element_bytes;
+      const int64_t page_step = plane.page_stride * plane.element_bytes;
       for (int64_t i = 0; i < p.pairs; ++i) {
         if (!in_range(p.src[i], p.pages) || !in_range(p.dst[i], p.pages) || p.src[i] == p.dst[i]) continue;
-        std::memcpy(base + p.dst[i] * page_bytes, base + p.src[i] * page_bytes, static_cast<size_t>(page_bytes));
+        std::memcpy(base + p.dst[i] * page_step, base + p.src[i] * page_step, static_cast<size_t>(page_bytes));
       }
     }
   });
@@ -36,9 +37,9 @@ template <class T> static void move_column(char* base, int64_t from, int64_t to,
   for (int64_t i = 0; i < count; ++i) values[to + i * stride] = values[from + i * stride];
 }
 
-static void move_plane_row(const CachePlane& plane, char* base, int64_t page_size, int64_t page_elements, int32_t src, int32_t dst, int64_t heads) {
-  const int64_t from = src / page_size * page_elements + src % page_size * plane.inner;
-  const int64_t to = dst / page_size * page_elements + dst % page_size * plane.inner;
+static void move_plane_row(const CachePlane& plane, char* base, int64_t page_size, int32_t src, int32_t dst, int64_t heads) {
+  const int64_t from = src / page_size * plane.page_stride + src % page_size * plane.inner;
+  const int64_t to = dst / page_size * plane.page_stride + dst % page_size * plane.inner;
   const int64_t stride = page_size * plane.inner, count = heads * plane.outer;  // heads and outer are adjacent: one run of rows
   if (plane.inner == 1) {
     if (plane.element_bytes == 1) return move_column<uint8_t>(base, from, to, count, stride);
@@ -55,11 +56,10 @@ void move_rows(const CacheMoveParams& p) {
   parallel_for(0, p.layers, layers_per_task(p, 1), [&](int64_t layer) {
     for (const CachePlane& plane : p.planes) {
       if (!plane.base) continue;
-      const int64_t page_elements = p.heads * plane.outer * p.page_size * plane.inner;
-      char* base = plane.base + layer * p.pages * page_elements * plane.element_bytes;
+      char* base = plane.base + layer * plane.layer_stride * plane.element_bytes;
       for (int64_t i = 0; i < p.pairs; ++i)
         if (in_range(p.src[i], slots) && in_range(p.dst[i], slots) && p.src[i] != p.dst[i])
-          move_plane_row(plane, base, p.page_size, page_elements, p.src[i], p.dst[i], p.heads);
+          move_plane_row(plane, base, p.page_size, p.src[i], p.dst[i], p.heads);
     }
   });
 }

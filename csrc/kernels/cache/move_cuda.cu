@@ -13,22 +13,23 @@ template <class Unit> __global__ void __launch_bounds__(kBlock) copy_pages_kerne
   const int64_t page_units = p.heads * plane.outer * p.page_size * plane.inner * plane.element_bytes / int64_t(sizeof(Unit));
   const int64_t at = int64_t(blockIdx.x) * kBlock + threadIdx.x, layer = blockIdx.y;
   if (at >= page_units) return;
-  Unit* base = reinterpret_cast<Unit*>(plane.base) + layer * p.pages * page_units + at;
+  const int64_t bytes = plane.element_bytes, step = plane.page_stride * bytes / int64_t(sizeof(Unit));
+  Unit* base = reinterpret_cast<Unit*>(plane.base + layer * plane.layer_stride * bytes) + at;
   for (int64_t i = 0; i < p.pairs; ++i) {
     const int32_t src = p.src[i], dst = p.dst[i];
-    if (in_range(src, p.pages) && in_range(dst, p.pages) && src != dst) base[dst * page_units] = base[src * page_units];
+    if (in_range(src, p.pages) && in_range(dst, p.pages) && src != dst) base[dst * step] = base[src * step];
   }
 }
 
 // The same for one element of a row: a key row is a column of its page, head_dim elements that lie page_size apart.
 template <class Element> __global__ void __launch_bounds__(kBlock) move_rows_kernel(const CacheMoveParams p, const CachePlane plane) {
-  const int64_t row_elements = p.heads * plane.outer * plane.inner, page_elements = row_elements * p.page_size;
+  const int64_t row_elements = p.heads * plane.outer * plane.inner;
   const int64_t element = int64_t(blockIdx.x) * kBlock + threadIdx.x, layer = blockIdx.y;
   if (element >= row_elements) return;
   const int64_t slots = p.pages * p.page_size;
-  Element* base = reinterpret_cast<Element*>(plane.base) + layer * p.pages * page_elements + element / plane.inner * p.page_size * plane.inner +
-                  element % plane.inner;
-  const auto place = [&](int64_t slot) { return slot / p.page_size * page_elements + slot % p.page_size * plane.inner; };
+  Element* base =
+      reinterpret_cast<Element*>(plane.base) + layer * plane.layer_stride + element / plane.inner * p.page_size * plane.inner + element % plane.inner;
+  const auto place = [&](int64_t slot) { return slot / p.page_size * plane.page_stride + slot % p.page_size * plane.inner; };
   for (int64_t i = 0; i < p.pairs; ++i) {
     const int32_t src = p.src[i], dst = p.dst[i];
     if (in_range(src, slots) && in_range(dst, slots) && src != dst) base[place(dst)] = base[place(src)];
@@ -51,7 +52,9 @@ void copy_pages_cuda(const CacheMoveParams& p, cudaStream_t stream) {
   for (const CachePlane& plane : p.planes) {
     const int64_t page_bytes = p.heads * plane.outer * p.page_size * plane.inner * plane.element_bytes;
     if (!plane.base || page_bytes == 0) continue;
-    dispatch_unit(aligned16(plane.base) && page_bytes % 16 == 0 ? 16 : plane.element_bytes, [&](auto tag) {
+    const bool packs =
+        aligned16(plane.base) && (page_bytes | plane.layer_stride * plane.element_bytes | plane.page_stride * plane.element_bytes) % 16 == 0;
+    dispatch_unit(packs ? 16 : plane.element_bytes, [&](auto tag) {
       using Unit = typename decltype(tag)::type;
       launch_kernel<copy_pages_kernel<Unit>>({.grid = grid_of(p, page_bytes / int64_t(sizeof(Unit))), .block = kBlock, .stream = stream}, p, plane);
     });

@@ -17,10 +17,11 @@ struct RopeAppendParams {
   const float* cos_sin;          // [max_positions, rotary_dim]: cosines of the pairs, then sines
   const float *q_norm, *k_norm;  // null, or [head_dim]
   void* k_pages;                 // [pages, kv_heads, head_dim, page_size] of dtype
-  void* v_pages;                 // [pages, kv_heads, page_size, head_dim] of dtype
-  float *k_scales, *v_scales;    // int8: [pages, kv_heads, page_size]
+  void* v_pages;                 // [pages, kv_heads, page_size, head_dim] of dtype; pages k_page and v_page apart, each dense
+  float *k_scales, *v_scales;    // int8: [pages, kv_heads, page_size], pages k_scale_page and v_scale_page apart
   const int32_t* num_rows;       // null, or [1]
   int64_t rows, heads, kv_heads, head_dim, rotary_dim, row_stride, max_positions, pages, page_size;
+  int64_t k_page, v_page, k_scale_page, v_scale_page;
   float norm_eps;
   bool interleaved;
   DType dtype;  // of the pages: f32, f16, bf16, i8

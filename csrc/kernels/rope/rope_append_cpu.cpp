@@ -77,12 +77,14 @@ template <class T> static void append_row(const RopeAppendParams& p, int64_t row
   if (slot < 0 || slot >= p.pages * p.page_size) return;
   const int64_t page = slot / p.page_size, offset = slot % p.page_size;
   for (int64_t h = 0; h < p.kv_heads; ++h, x += p.head_dim) {
-    const int64_t plane = page * p.kv_heads + h, at = plane * p.page_size + offset;
+    const int64_t at = h * p.page_size + offset;
     const float* key = x;
     if (p.k_norm) norm_head(p.k_norm, p.norm_eps, p.head_dim, x, head), key = head;
     rotate_head(p, cos_sin, key, head);
-    write_head(head, p.head_dim, static_cast<T*>(p.k_pages) + plane * p.page_size * p.head_dim + offset, p.page_size, p.k_scales + at);
-    write_head(x + p.kv_heads * p.head_dim, p.head_dim, static_cast<T*>(p.v_pages) + at * p.head_dim, 1, p.v_scales + at);
+    T* key_column = static_cast<T*>(p.k_pages) + page * p.k_page + h * p.page_size * p.head_dim + offset;
+    write_head(head, p.head_dim, key_column, p.page_size, p.k_scales + page * p.k_scale_page + at);
+    T* value_row = static_cast<T*>(p.v_pages) + page * p.v_page + at * p.head_dim;
+    write_head(x + p.kv_heads * p.head_dim, p.head_dim, value_row, 1, p.v_scales + page * p.v_scale_page + at);
   }
 }
 

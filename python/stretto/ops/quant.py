@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stretto.ops import _backend, ref
+from stretto.ops import _backend, memory, ref
 from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import F32, I32, check, check_tensors, rows_contiguous
 from stretto.ops.ref.quant import FORMATS, Format
@@ -83,17 +83,14 @@ def pack(raw: Tensor | Sequence[Tensor], format: str, k: int, *, interleave: boo
 class _Slabs:
     """Large pieces of memory in huge pages, handed out from front to back."""
 
-    SLAB, HUGE_PAGE, LINE = 32 << 20, 2 << 20, 64
+    SLAB, LINE = 32 << 20, 64
 
     def __init__(self) -> None:
         self.free = torch.empty(0, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> Tensor:
         if nbytes > self.free.numel():
-            size = max(self.SLAB, nbytes)
-            slab = torch.empty(size + self.HUGE_PAGE, dtype=torch.uint8)  # not touched, so not yet there
-            self.free = slab[-slab.data_ptr() % self.HUGE_PAGE :][:size]
-            _backend._C.prefer_huge_pages(self.free)  # type: ignore[union-attr]
+            self.free = memory.empty(max(self.SLAB, nbytes), dtype=torch.uint8)
         taken = self.free[:nbytes]
         self.free = self.free[(nbytes + self.LINE - 1) // self.LINE * self.LINE :]
         return taken
