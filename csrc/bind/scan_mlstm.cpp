@@ -1,4 +1,5 @@
 #include "bind/bind.h"
+#include "bind/recurrent_rows.h"
 #include "kernels/scan/mlstm.h"
 
 namespace stretto {
@@ -16,30 +17,6 @@ void require_rows(const TensorView& t, const char* op, const char* argument, con
   bool same = t.ndim == lead + (width < 0 ? 0 : 1) && t.dtype == dtype && !t.cuda;
   for (int d = 0; same && d < lead; ++d) same = t.shape[d] == k.shape[d];
   require(same && (width < 0 || (t.shape[lead] == width && t.contiguous_from(lead))), op, argument, "expected the tokens and heads of k");
-}
-
-void require_cu_seqlens(const TensorView& cu, const char* op, int64_t batch, int64_t tokens) {
-  require_tensor(cu, op, "cu_seqlens", DType::i32, {batch + 1});
-  const int32_t* at = cu.data<int32_t>();
-  require(at[0] == 0, op, "cu_seqlens", std::to_string(at[0]) + " at 0, expected 0");
-  for (int64_t b = 0; b < batch; ++b)
-    require(at[b + 1] >= at[b], op, "cu_seqlens",
-            std::to_string(at[b + 1]) + " at " + std::to_string(b + 1) + ", expected at least " + std::to_string(at[b]) + ", the value before it");
-  require(at[batch] == tokens, op, "cu_seqlens",
-          std::to_string(at[batch]) + " at " + std::to_string(batch) + ", expected " + std::to_string(tokens) + ", the number of tokens");
-}
-
-// Slots in range, -1 for idle, and no slot twice where states are written.
-void require_slots(const TensorView& ids, const char* op, int64_t num_slots, bool written) {
-  std::vector<bool> used(static_cast<size_t>(written ? num_slots : 0));
-  for (int64_t b = 0; b < ids.shape[0]; ++b) {
-    const int32_t slot = ids.data<int32_t>()[b];
-    const auto where = std::to_string(slot) + " at " + std::to_string(b);
-    require(slot >= -1 && slot < num_slots, op, "slot_ids", where + ", expected -1 (idle) or a slot below " + std::to_string(num_slots));
-    if (!written || slot < 0) continue;
-    require(!used[static_cast<size_t>(slot)], op, "slot_ids", where + ", expected each slot once");
-    used[static_cast<size_t>(slot)] = true;
-  }
 }
 
 void require_counts(const TensorView& counts, const char* op, const int32_t* cu) {
@@ -71,9 +48,9 @@ void mlstm(const std::string& name, OptionalTensor q, TensorView k, TensorView v
   require(sigmoid || (n && m), op, "n, m", "expected with exponential gates");
   if (n) require_tensor(*n, op, "n", DType::f32, {num_slots, heads, dk});
   if (m) require_tensor(*m, op, "m", DType::f32, {num_slots, heads});
-  if (slots) require_tensor(*slots, op, "slot_ids", DType::i32, {-1});
+  require(!slots || slots->ndim == 1, op, "slot_ids", "expected one dimension");
   const int64_t batch = slots ? slots->shape[0] : num_slots;
-  if (cu_seqlens) require_cu_seqlens(*cu_seqlens, op, batch, tokens);
+  if (cu_seqlens) require_bounds(*cu_seqlens, op, batch, tokens);
   const int64_t seq_len = batch ? tokens / batch : 0;
   require(cu_seqlens || (seq_len * batch == tokens && (packed || k.shape[0] == batch)), op, "k", "expected tokens for each sequence alike");
   if (slots) require_slots(*slots, op, num_slots, update);

@@ -120,7 +120,8 @@ def test_batch_layout_and_strides_give_the_same_bits(isa):
     batch = [x.unflatten(0, (3, 8)).transpose(1, 2) for x in rows]
     for views in (batch, [x.contiguous() for x in batch]):
         h, *state = M.mlstm(*views)
-        assert h.is_contiguous() and same_bits(h.transpose(1, 2).flatten(0, 1), packed[0])
+        assert h.is_contiguous()
+        assert same_bits(h.transpose(1, 2).flatten(0, 1), packed[0])
         assert all(same_bits(a, b) for a, b in zip(state, packed[1:], strict=True))
     wide = torch.cat([x if x.dim() == 3 else x[..., None] for x in rows], -1)  # a fused projection
     views = [*wide[..., :-2].split([24, 24, 40], -1), wide[..., -2], wide[..., -1]]
@@ -164,9 +165,11 @@ def test_idle_sequences_and_other_slots_are_not_touched(isa):
     kept = [x.clone() for x in state]
     out = torch.full_like(rows[2], torch.nan)
     assert M.mlstm_step(*rows, *state, i32(2, -1, 1), bounds(2, 2, 1), out=out) is out
-    assert torch.equal(out[2:4], torch.zeros_like(out[2:4])) and out.isfinite().all()
+    assert torch.equal(out[2:4], torch.zeros_like(out[2:4]))
+    assert out.isfinite().all()
     for x, before in zip(state, kept, strict=True):
-        assert same_bits(x[[0, 3]], before[[0, 3]]) and not same_bits(x[[1, 2]], before[[1, 2]])
+        assert same_bits(x[[0, 3]], before[[0, 3]])
+        assert not same_bits(x[[1, 2]], before[[1, 2]])
 
 
 def test_replay_does_not_read_what_was_not_accepted(isa):

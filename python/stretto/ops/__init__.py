@@ -1,6 +1,6 @@
 """Public kernels. Each is a plain function with a documented contract; `ops.table.OPS` lists them all."""
 
-from stretto.ops import attention, cache, dct, memory, mlstm, moe, norm, quant, rope, sampling, scan, step, table, tree
+from stretto.ops import attention, cache, dct, memory, mlstm, moe, norm, quant, rope, sampling, scan, slstm, step, table, tree
 from stretto.ops._backend import fallbacks, granted_threads, num_threads, set_num_threads, strict
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "sampling",
     "scan",
     "set_num_threads",
+    "slstm",
     "step",
     "strict",
     "table",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -235,8 +236,8 @@ def _compiled(name: str) -> Callable[..., Any]:
 def _mlstm_kernels() -> Any:
     """The functions of mlstm-kernels that run on a CPU, with gates capped. Raises NotImplementedError where it is not installed."""
     try:
-        from mlstm_kernels.torch.chunkwise import mlstm_chunkwise__native_custbw as chunkwise  # type: ignore[import-not-found]
-        from mlstm_kernels.torch.recurrent import mlstm_recurrent_step__native as one_step  # type: ignore[import-not-found]
+        chunkwise = importlib.import_module("mlstm_kernels.torch.chunkwise").mlstm_chunkwise__native_custbw
+        one_step = importlib.import_module("mlstm_kernels.torch.recurrent").mlstm_recurrent_step__native
     except ImportError:
         raise NotImplementedError("mlstm-kernels is not installed") from None
 

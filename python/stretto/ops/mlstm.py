@@ -129,7 +129,7 @@ def _mlstm(
     heads, dk, dv = sizes["heads"], sizes["dk"], sizes["dv"]
     if _backend.use_reference("mlstm", k):
         if cu_seqlens is not None:
-            _check_bounds("mlstm", cu_seqlens, batch, sizes["tokens"])
+            check_bounds("mlstm", cu_seqlens, batch, sizes["tokens"])
         h, *state = ref.mlstm.mlstm(q, k, v, i, f, C, n, m, cu_seqlens, chunk, eps, gate_cap, variant)
         return h, *(new.clone() if new is old else new for new, old in zip(state, (C, n, m), strict=True))  # type: ignore[return-value]
     state = [
@@ -212,12 +212,8 @@ def _checked_states(
     if not _backend.use_reference(op, k):
         return False
     if cu_seqlens is not None:
-        _check_bounds(op, cu_seqlens, batch, tokens)
-    seen = set()
-    for b, slot in enumerate(slot_ids.tolist()):
-        check(-1 <= slot < sizes["slots"], f"{op}: slot_ids: {slot} at {b}, expected -1 (idle) or a slot below {sizes['slots']}")
-        check(not update or slot < 0 or slot not in seen, f"{op}: slot_ids: {slot} at {b}, expected each slot once")
-        seen.add(slot)
+        check_bounds(op, cu_seqlens, batch, tokens)
+    check_slots(op, slot_ids, sizes["slots"], update)
     if counts is not None:
         bounds = list(range(batch + 1)) if cu_seqlens is None else cu_seqlens.tolist()
         for b, count in enumerate(counts.tolist()):
@@ -226,7 +222,17 @@ def _checked_states(
     return True
 
 
-def _check_bounds(op: str, cu_seqlens: Tensor, batch: int, tokens: int) -> None:
+def check_slots(op: str, slot_ids: Tensor, slots: int, update: bool) -> None:
+    """Slots in range, and each once where states are written: what native code checks itself."""
+    seen: set[int] = set()
+    for b, slot in enumerate(slot_ids.tolist()):
+        check(-1 <= slot < slots, f"{op}: slot_ids: {slot} at {b}, expected -1 (idle) or a slot below {slots}")
+        check(not update or slot < 0 or slot not in seen, f"{op}: slot_ids: {slot} at {b}, expected each slot once")
+        seen.add(slot)
+
+
+def check_bounds(op: str, cu_seqlens: Tensor, batch: int, tokens: int) -> None:
+    """From 0 to the number of tokens, never decreasing: what native code checks itself."""
     bounds = cu_seqlens.tolist()
     check(bounds[0] == 0, f"{op}: cu_seqlens: {bounds[0]} at 0, expected 0")
     for b in range(batch):

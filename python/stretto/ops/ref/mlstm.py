@@ -143,3 +143,42 @@ def _wide(x: Tensor) -> Tensor:
 
 def _capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def slstm(Wx: Tensor, R: Tensor, b: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The scalar-memory cell, token by token."""
+    bounds = [0, Wx.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    if state is None:
+        state = _wide(Wx).new_zeros(len(bounds) - 1, 4, *Wx.shape[2:])
+    out, after = [Wx[:0, 0]], [state[:0]]
+    for s, (first, last) in enumerate(pairwise(bounds)):
+        cell = state[s : s + 1]
+        for t in range(first, last):
+            cell = _slstm_token(Wx[t : t + 1], R, b, cell)
+            out.append(cell[:, 0].to(Wx.dtype))
+        after.append(cell)
+    return torch.cat(out), torch.cat(after)
+
+
+def slstm_step(Wx: Tensor, R: Tensor, b: Tensor, state: Tensor, slot_ids: Tensor, cu_seqlens: Tensor | None = None, update: bool = True) -> Tensor:
+    """slstm on the states of the slots, written unless `update` is false."""
+    out = torch.zeros_like(Wx[:, 0])
+    bounds = range(len(slot_ids) + 1) if cu_seqlens is None else cu_seqlens.tolist()
+    for slot, (first, last) in zip(slot_ids.tolist(), pairwise(bounds), strict=True):
+        cell = state[slot : slot + 1] if slot >= 0 else state[:0]
+        for t in range(first, last if slot >= 0 else first):
+            cell = _slstm_token(Wx[t : t + 1], R, b, cell)
+            out[t] = cell[0, 0].to(out.dtype)
+        if update and slot >= 0:
+            state[slot] = cell[0]
+    return out
+
+
+def _slstm_token(Wx: Tensor, R: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    y, c, n, m = state.unbind(1)
+    i, f, z, o = (_wide(Wx) + b + torch.einsum("shd,hdge->sghe", y, _wide(R))).unbind(1)
+    decayed = torch.where(n == 0, -torch.inf, torch.nn.functional.logsigmoid(f) + m)
+    m = torch.maximum(decayed, i)
+    keep, take = torch.exp(decayed - m), torch.exp(i - m)
+    c, n = keep * c + take * torch.tanh(z), keep * n + take
+    return torch.stack((torch.sigmoid(o) * c / n, c, n, m), 1)
