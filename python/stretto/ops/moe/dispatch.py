@@ -11,8 +11,11 @@ from torch import Tensor
 from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import I32, check, check_tensors
-from stretto.ops.moe.rows import check_ids, routing
+from stretto.ops.moe.rows import check_count, check_ids, routing
 from stretto.ops.table import BadCase, Case, Cost, Make, register
+
+MOST_DEVICES = 1024  # counts are kept for each pair of them
+MOST_COACTIVE = 4096  # experts whose pairs are counted
 
 
 class Dispatch(NamedTuple):
@@ -36,7 +39,7 @@ def plan_dispatch(
         experts: [tokens, k] int32, each an expert, or -1 for a pair that goes nowhere.
         device_of: [num_experts] int32, where each expert lives.
         source_of: [tokens] int32, the device that holds a token; all on 0 without it.
-        num_sources: how many devices hold tokens.
+        num_devices, num_sources: how many devices hold experts, and how many hold tokens; 1 to 1024.
         capacity: at most so many tokens from one source to one device, the first in token order; what is beyond gets slot -1.
     Returns: Dispatch. Integers only, so the same on every run and for any number of threads.
     Raises: ValueError naming the argument, what it is and what was expected.
@@ -52,9 +55,8 @@ def _plan_dispatch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "moe.plan_dispatch"
     sizes = check_tensors(op, experts=(experts, "tokens k", I32), device_of=(device_of, "num_experts", I32), source_of=(source_of, "tokens", I32))
-    for name, value in (("num_devices", num_devices), ("num_sources", num_sources)):
-        if value < 1:
-            raise ValueError(f"{op}: {name}: {value}, expected at least 1")
+    check_count(op, "num_devices", num_devices, 1, MOST_DEVICES)
+    check_count(op, "num_sources", num_sources, 1, MOST_DEVICES)
     if capacity is not None and capacity < 0:
         raise ValueError(f"{op}: capacity: {capacity}, expected at least 0")
     if _backend.use_reference(op, experts, device_of, source_of):
@@ -79,7 +81,7 @@ def coactivation(experts: Tensor, num_experts: int) -> Tensor:
     """How often two experts are visited by the same token.
 
     Args:
-        experts: [tokens, k] int32, different experts of a token; -1 is skipped.
+        experts: [tokens, k] int32, different experts of a token; -1 is skipped. num_experts: 0 to 4096.
     Returns: [num_experts, num_experts] int32, symmetric; the diagonal counts the visits of each expert.
     Raises: ValueError naming the argument. Reference: ops.ref.moe.coactivation. Bound by latency.
     """
@@ -92,8 +94,7 @@ def coactivation(experts: Tensor, num_experts: int) -> Tensor:
 def _coactivation(experts: Tensor, num_experts: int) -> Tensor:
     op = "moe.coactivation"
     check_tensors(op, experts=(experts, "tokens k", I32))
-    if num_experts < 0:
-        raise ValueError(f"{op}: num_experts: {num_experts}, expected at least 0")
+    check_count(op, "num_experts", num_experts, 0, MOST_COACTIVE)
     if _backend.use_reference(op, experts):
         check_ids(op, "experts", experts, num_experts)
         return ref.moe.coactivation(experts, num_experts)

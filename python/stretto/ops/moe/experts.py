@@ -14,6 +14,7 @@ from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import F32, I32, check, check_tensors, rows_contiguous
 from stretto.ops.quant import PackedWeight, linear_packed, packed_nbytes, random_packed
+from stretto.ops.ref.quant import FORMATS
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
 U8 = (torch.uint8,)
@@ -70,6 +71,8 @@ def grouped_linear_packed(x: Tensor, offsets: Tensor, packed: Tensor, format: st
 
 def _grouped_linear(x: Tensor, offsets: Tensor, packed: Tensor, format: str, n: int, gate: str = "none") -> Tensor:
     op = "moe.grouped_linear"
+    if format not in FORMATS:
+        raise NotImplementedError(f"{op}: format: {format!r}, expected one of {', '.join(FORMATS)}")
     check(gate in _GATES, f"{op}: gate: {gate!r}, expected one of {', '.join(_GATES)}")
     check(gate == "none" or n % 32 == 0, f"{op}: n: {n}, expected a multiple of 32 with a gate")
     sizes = check_tensors(op, x=(x, "rows k", F32), offsets=(offsets, "bounds", I32), packed=(packed, "experts bytes", U8))
@@ -132,7 +135,7 @@ def _bad(make: Make) -> Iterator[BadCase]:
     yield BadCase("bounds", (x, _offsets(6), packed, "Q8_0", 16), "moe.grouped_linear: offsets: 2 of them, expected experts + 1 = 3")
     yield BadCase("bytes", (x, _offsets(3, 3), packed, "Q8_0", 32), "moe.grouped_linear: packed: 544 bytes, expected 1088")
     yield BadCase("gate", (x, _offsets(3, 3), packed, "Q8_0", 16, "silu"), "moe.grouped_linear: n: 16, expected a multiple of 32")
-    yield BadCase("format", (x, _offsets(3, 3), packed, "Q2_K", 16), "packed_nbytes: format: 'Q2_K'", error=NotImplementedError)
+    yield BadCase("format", (x, _offsets(3, 3), packed, "Q2_K", 16), "moe.grouped_linear: format: 'Q2_K'", error=NotImplementedError)
 
 
 def _bench(make: Make) -> Iterator[Case]:
