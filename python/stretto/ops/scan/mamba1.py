@@ -11,6 +11,7 @@ from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import F32, FLOATS, I32, check_tensors, dtype_as
 from stretto.ops.scan import packing
+from stretto.ops.scan.backward import scan_gradients
 from stretto.ops.scan.cases import ring_rows, selective_bad, selective_bench, selective_case, selective_cases
 from stretto.ops.scan.peers import compiled_selective_scan, compiled_selective_step, mambapy_selective_scan
 from stretto.ops.table import BadCase, Case, Cost, Make, register
@@ -177,6 +178,7 @@ register(
     bound="compute",
     peers={"compiled torch loop": compiled_selective_scan, "mambapy": mambapy_selective_scan},
     source="arXiv 2312.00752",
+    backward=lambda inputs, *grads: scan_gradients(torch.ops.stretto.selective_scan_backward, 2, inputs, grads),
 )
 
 

@@ -11,6 +11,7 @@ from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import F32, FLOATS, I32, check_tensors, dtype_as
 from stretto.ops.scan import packing
+from stretto.ops.scan.backward import scan_gradients
 from stretto.ops.scan.cases import ring_rows, ssd_bad, ssd_bench, ssd_case, ssd_cases
 from stretto.ops.scan.peers import chunked_ssd, compiled_ssd_step
 from stretto.ops.table import BadCase, Case, Cost, Make, register
@@ -182,6 +183,7 @@ register(
     bound="compute",
     peers={"torch chunks": chunked_ssd},
     source="arXiv 2405.21060",
+    backward=lambda inputs, *grads: scan_gradients(torch.ops.stretto.ssd_backward, 3, inputs, grads),
 )
 
 
