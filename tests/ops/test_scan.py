@@ -289,9 +289,7 @@ def test_mamba1_against_transformers_and_mambapy(isa):
         torch.testing.assert_close(last.double(), want_last, rtol=1e-5, atol=1e-5)
     state, next_state = last.clone(), last.double()
     got = scan.selective_scan_step(state, *(t[:, 0] if t.dim() > 2 else t for t in single), True)
-    want = mamba.mamba_selective_state_update(
-        next_state, rows[0][:, 0], rows[1][:, 0], a, rows[2][:, 0], rows[3][:, 0], d, bias, True, rows[4][:, 0]
-    )
+    want = mamba.mamba_selective_state_update(next_state, rows[0][:, 0], rows[1][:, 0], a, rows[2][:, 0], rows[3][:, 0], d, bias, True, rows[4][:, 0])
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.double(), next_state, rtol=1e-5, atol=1e-5)
 
@@ -403,7 +401,7 @@ def test_training_through_the_ops_follows_the_references(isa):
 
 
 def test_gradients_of_some_inputs_of_one_result_and_of_a_batch(isa):
-    u, dt, a, b, c, d, z, bias = selective_case(Make(), 12, 20, 4, 1, torch.float32)
+    u, dt, a, b, c, *_ = selective_case(Make(), 12, 20, 4, 1, torch.float32)
     batch = [t.unflatten(0, (2, 6)) for t in (u, dt, b, c)]
     u, a = leaves(batch[0], a)
     y, _ = scan.selective_scan(u, batch[1], a, batch[2], batch[3])

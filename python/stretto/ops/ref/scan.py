@@ -171,8 +171,9 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, h_last): H = exp(delta A) H + delta x B^T; y = (H C + D x) silu(z). `chunk` does not change the meaning."""
     if x.dim() == 4:
-        flat = [t if t is None else t.flatten(0, 1) for t in (x, dt, B, C, z)]
-        y, last = ssd(flat[0], flat[1], A, flat[2], flat[3], D, flat[4], dt_bias, softplus, h0, even(*x.shape[:2]), chunk)
+        flat = [t.flatten(0, 1) for t in (x, dt, B, C)]
+        gate = None if z is None else z.flatten(0, 1)
+        y, last = ssd(flat[0], flat[1], A, flat[2], flat[3], D, gate, dt_bias, softplus, h0, even(*x.shape[:2]), chunk)
         return y.view(x.shape), last
     delta, v = step_size(dt, dt_bias, softplus, A.dtype), x.to(A.dtype)
     b, c = per_channel(B.to(A.dtype), x.shape[1]), per_channel(C.to(A.dtype), x.shape[1])

@@ -189,7 +189,7 @@ def _chunked_gradients(
             ddt[rows] = ddelta
             dbias += ddelta.sum(0)
             for out, of_heads in ((db, db_heads), (dc, dc_heads)):
-                out[rows] = of_heads.unflatten(0, (groups, heads // groups)).sum(1).transpose(0, 1)
+                out[rows] = of_heads.view(groups, heads // groups, *of_heads.shape[1:]).sum(1).transpose(0, 1)
     return dx, ddt, da, db, dc, dd, dz, dbias, dh
 
 
@@ -273,7 +273,7 @@ def _scan_cases(make: Make) -> Iterator[Case]:
         yield Case(f"ragged-{dtype}", (dy, make.randn(3, 34, 16), *inputs, True, make.randn(3, 34, 16), ring_rows.cu(70, 0, 10)))
         yield Case(f"bare-{dtype}", (dy, make.randn(1, 34, 16), inputs[0], inputs[1].abs() * 0.1, *inputs[2:5]))
         u, dt, a, b, c, d, z, bias = selective_case(make, 2 * 20, 300, 5, 1, dtype)
-        lead = [t.unflatten(0, (2, 20)) for t in (u, dt, b, c, z)]
+        lead = [t.view(2, 20, *t.shape[1:]) for t in (u, dt, b, c, z)]
         yield Case(f"batch-{dtype}", (lead[0] * 0.5, make.randn(2, 300, 5), lead[0], lead[1], a, lead[2], lead[3], d, lead[4], bias, True))
         yield Case(f"nothing-{dtype}", (dy[:0], make.randn(1, 34, 16), *(t[:0] if t.shape[0] == 80 else t for t in inputs), True))
 
