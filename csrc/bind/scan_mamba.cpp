@@ -1,5 +1,6 @@
 #include "bind/bind.h"
 #include "kernels/scan/causal_conv1d.h"
+#include "kernels/scan/scan_backward.h"
 #include "kernels/scan/selective_scan.h"
 #include "kernels/scan/ssd.h"
 
@@ -319,6 +320,92 @@ void ssd_replay(TensorView state, TensorView x, TensorView dt, TensorView a, Ten
   launch(op, ssd_replay_cpu, p);
 }
 
+void causal_conv1d_backward(TensorView dy, TensorView dfinal, TensorView x, TensorView weight, OptionalTensor bias, bool silu, OptionalTensor initial,
+                            TensorView cu_seqlens, TensorView dx, TensorView dweight, TensorView dbias, TensorView dinitial) {
+  const char* op = "causal_conv1d_backward";
+  const int64_t tokens = x.shape[0], channels = x.shape[1], width = weight.shape[1], batch = cu_seqlens.shape[0] - 1;
+  require_rows(x, op, "x", x.dtype, {-1, -1});
+  require_rows(dy, op, "dy", x.dtype, {tokens, channels});
+  require_state(weight, op, "weight", {channels, -1});
+  require(width >= 2 && width <= 8, op, "weight", std::to_string(width) + " taps, expected 2 to 8");
+  require_vector(bias, op, "bias", DType::f32, channels);
+  require_tensor(cu_seqlens, op, "cu_seqlens", DType::i32, {-1});
+  if (initial) require_state(*initial, op, "initial", {batch, channels, width - 1});
+  require_tensor(dfinal, op, "dfinal", DType::f32, {batch, channels, width - 1});
+  require_tensor(dx, op, "dx", x.dtype, {tokens, channels});
+  require_tensor(dweight, op, "dweight", DType::f32, {channels, width});
+  require_tensor(dbias, op, "dbias", DType::f32, {channels});
+  require_tensor(dinitial, op, "dinitial", DType::f32, {batch, channels, width - 1});
+  CausalConv1dBackwardParams p{.in = {.x = x.data(),
+                                      .weight = weight.data<float>(),
+                                      .bias = data_or_null<float>(bias),
+                                      .initial = data_or_null<float>(initial),
+                                      .cu_seqlens = cu_seqlens.data<int32_t>(),
+                                      .y = nullptr,
+                                      .final = nullptr,
+                                      .tokens = tokens,
+                                      .channels = channels,
+                                      .width = width,
+                                      .batch = batch,
+                                      .x_stride = x.strides[0],
+                                      .y_stride = 0,
+                                      .weight_strides = {weight.strides[0], weight.strides[1]},
+                                      .initial_strides = {},
+                                      .silu = silu,
+                                      .dtype = x.dtype},
+                               .dy = dy.data(),
+                               .dfinal = dfinal.data<float>(),
+                               .dx = dx.data(),
+                               .dweight = dweight.data<float>(),
+                               .dbias = dbias.data<float>(),
+                               .dinitial = dinitial.data<float>(),
+                               .dy_stride = dy.strides[0]};
+  for (int i = 0; i < 3; ++i) p.in.initial_strides[i] = initial ? initial->strides[i] : 0;
+  launch(op, causal_conv1d_backward_cpu, p);
+}
+
+void selective_scan_backward(TensorView dy, TensorView dlast, TensorView u, TensorView dt, TensorView a, TensorView b, TensorView c, OptionalTensor d,
+                             OptionalTensor z, OptionalTensor dt_bias, bool softplus, OptionalTensor h0, TensorView cu_seqlens, TensorView du,
+                             TensorView ddt, TensorView da, TensorView db, TensorView dc, TensorView dd, OptionalTensor dz, TensorView dbias,
+                             TensorView dh0) {
+  const char* op = "selective_scan_backward";
+  SelectiveScanBackwardParams p{.in = scan_inputs(op, u, dt, a, b, c, d, z, dt_bias, softplus),
+                                .h0 = data_or_null<float>(h0),
+                                .cu_seqlens = cu_seqlens.data<int32_t>(),
+                                .dy = dy.data(),
+                                .dlast = dlast.data<float>(),
+                                .du = du.data(),
+                                .ddt = ddt.data(),
+                                .dz = data_or_null(dz),
+                                .da = da.data<float>(),
+                                .dd = dd.data<float>(),
+                                .dbias = dbias.data<float>(),
+                                .db = db.data<float>(),
+                                .dc = dc.data<float>(),
+                                .dh0 = dh0.data<float>(),
+                                .batch = cu_seqlens.shape[0] - 1,
+                                .dy_stride = dy.strides[0],
+                                .h0_strides = {}};
+  const int64_t tokens = p.in.tokens, channels = p.in.channels, states = p.in.states;
+  const int64_t parts = scan_parts(channels, p.in.groups);
+  require_tensor(cu_seqlens, op, "cu_seqlens", DType::i32, {-1});
+  require_rows(dy, op, "dy", u.dtype, {tokens, channels});
+  require_tensor(dlast, op, "dlast", DType::f32, {p.batch, channels, states});
+  require_tensor(du, op, "du", u.dtype, {tokens, channels});
+  require_tensor(ddt, op, "ddt", u.dtype, {tokens, channels});
+  require(dz.has_value() == z.has_value(), op, "dz", "expected with z, and only then");
+  if (dz) require_tensor(*dz, op, "dz", u.dtype, {tokens, channels});
+  require_tensor(da, op, "da", DType::f32, {channels, states});
+  require_tensor(dd, op, "dd", DType::f32, {channels});
+  require_tensor(dbias, op, "dbias", DType::f32, {channels});
+  require_tensor(db, op, "db", DType::f32, {parts, tokens, p.in.groups, states});
+  require_tensor(dc, op, "dc", DType::f32, {parts, tokens, p.in.groups, states});
+  require_tensor(dh0, op, "dh0", DType::f32, {p.batch, channels, states});
+  if (h0) require_state(*h0, op, "h0", {p.batch, channels, states});
+  for (int i = 0; i < 3; ++i) p.h0_strides[i] = h0 ? h0->strides[i] : 0;
+  launch(op, selective_scan_backward_cpu, p);
+}
+
 }  // namespace
 
 STRETTO_BIND(scan_mamba) {
@@ -328,6 +415,9 @@ STRETTO_BIND(scan_mamba) {
   m.def("selective_scan", &selective_scan);
   m.def("selective_scan_step", &selective_scan_step);
   m.def("selective_scan_replay", &selective_scan_replay);
+  m.def("causal_conv1d_backward", &causal_conv1d_backward);
+  m.def("selective_scan_backward", &selective_scan_backward);
+  m.def("scan_parts", [](int64_t channels, int64_t groups) { return scan_parts(channels, groups); });
   m.def("ssd", &ssd);
   m.def("ssd_step", &ssd_step);
   m.def("ssd_replay", &ssd_replay);

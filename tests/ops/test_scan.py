@@ -289,9 +289,7 @@ def test_mamba1_against_transformers_and_mambapy(isa):
         torch.testing.assert_close(last.double(), want_last, rtol=1e-5, atol=1e-5)
     state, next_state = last.clone(), last.double()
     got = scan.selective_scan_step(state, *(t[:, 0] if t.dim() > 2 else t for t in single), True)
-    want = mamba.mamba_selective_state_update(
-        next_state, rows[0][:, 0], rows[1][:, 0], a, rows[2][:, 0], rows[3][:, 0], d, bias, True, rows[4][:, 0]
-    )
+    want = mamba.mamba_selective_state_update(next_state, rows[0][:, 0], rows[1][:, 0], a, rows[2][:, 0], rows[3][:, 0], d, bias, True, rows[4][:, 0])
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.double(), next_state, rtol=1e-5, atol=1e-5)
 
@@ -364,3 +362,70 @@ def mixer2(m, x: Tensor, prompt: int) -> Tensor:
         v, b, c = parts(scan.causal_conv1d_step(xbc[t : t + 1], window, weight, m.conv1d.bias, "silu"))
         out.append(scan.ssd_step(state, v, dt[t : t + 1], a, b, c, m.D, None, m.dt_bias, True))
     return m.out_proj(m.norm(torch.cat(out).flatten(1), z))
+
+
+# Gradients: the reference is right (gradcheck), and the kernels' gradients are the reference's.
+
+
+def leaves(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.detach().clone().requires_grad_() for t in tensors]
+
+
+def test_gradcheck_of_the_references():
+    bounds = ring_rows.cu(3, 0, 2)
+    make = Make()
+    conv = leaves(make.randn(5, 3).double(), make.randn(3, 4).double(), make.randn(3).double(), make.randn(3, 3, 3).double())
+    assert torch.autograd.gradcheck(lambda x, w, b, i: ref.scan.causal_conv1d(x, w, b, "silu", i, bounds), conv)
+    one = leaves(*(t.double() for t in selective_case(make, 5, 4, 3, 2, torch.float32)), make.randn(3, 4, 3).double())
+    assert torch.autograd.gradcheck(lambda *t: ref.scan.selective_scan(*t[:8], True, t[8], bounds), one)
+    two = leaves(*(t.double() for t in ssd_case(make, 5, 2, 3, 4, 1, torch.float32)), make.randn(3, 2, 3, 4).double())
+    assert torch.autograd.gradcheck(lambda *t: ref.scan.ssd(*t[:8], True, t[8], bounds), two)
+
+
+def test_training_through_the_ops_follows_the_references(isa):
+    make, bounds = Make(), ring_rows.cu(40, 0, 30)
+    calls = [
+        (scan.causal_conv1d, ref.scan.causal_conv1d, [*conv_inputs(70), make.randn(3, 37, 3)], lambda f, t: f(*t[:3], "silu", t[3], bounds)),
+        (scan.selective_scan, ref.scan.selective_scan, [*selective_case(make, 70, 36, 16, 2, torch.float32), make.randn(3, 36, 16)],
+         lambda f, t: f(*t[:8], True, t[8], bounds)),
+        (scan.ssd, ref.scan.ssd, [*ssd_case(make, 70, 4, 18, 20, 2, torch.float32), make.randn(3, 4, 18, 20)],
+         lambda f, t: f(*t[:8], True, t[8], bounds, *([16] if t[0].dim() == 3 else []))),
+    ]  # fmt: skip
+    for ours, reference, tensors, call in calls:
+        grads = []
+        for function, inputs in ((ours, leaves(*tensors)), (reference, leaves(*(t.double() for t in tensors)))):
+            y, last = call(function, inputs)
+            grads.append(torch.autograd.grad((y.sin().sum() + last.cos().sum()), inputs))
+        for got, want in zip(*grads, strict=True):
+            assert (got - want).abs().max() <= 2e-5 * max(1.0, want.abs().max().item())
+
+
+def test_gradients_of_some_inputs_of_one_result_and_of_a_batch(isa):
+    u, dt, a, b, c, *_ = selective_case(Make(), 12, 20, 4, 1, torch.float32)
+    batch = [t.unflatten(0, (2, 6)) for t in (u, dt, b, c)]
+    u, a = leaves(batch[0], a)
+    y, _ = scan.selective_scan(u, batch[1], a, batch[2], batch[3])
+    got = torch.autograd.grad(y.square().sum(), (u, a))
+    y, _ = ref.scan.selective_scan(u, batch[1], a, batch[2], batch[3])
+    want = torch.autograd.grad(y.square().sum(), (u, a))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_are_refused():
+    x, w, _ = conv_inputs(5)
+    (x,) = leaves(x)
+    y, _ = scan.causal_conv1d(x, w)
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(g.sum(), x)
+
+
+def test_compiled_training_step_runs_on_the_kernels():
+    x, w, bias = conv_inputs(20)
+    w, bias = leaves(w, bias)
+
+    def loss(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+        return scan.causal_conv1d(x, w, bias, "silu")[0].square().sum()
+
+    got = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x, w, bias), (w, bias))
+    torch.testing.assert_close(got, torch.autograd.grad(loss(x, w, bias), (w, bias)))

@@ -57,12 +57,13 @@ template <class T> void widen(float* out, const T* in, int64_t count) {
 }
 
 // Rows [begin, end) of one sequence that starts at `first`; channels [c0, c0 + count).
-template <int kWidth, class T> void conv_run(const CausalConv1dParams& p, const Filter& f, int64_t b, int64_t first, RowRange run, int64_t c0, int64_t count) {
+template <int kWidth, class T> void conv_run(const CausalConv1dParams& p, const Filter& f, int64_t b, int64_t first, RowRange run, int64_t c0,
+                                             int64_t count) {
   constexpr int64_t kBefore = kWidth - 1;
   const T* x = static_cast<const T*>(p.x) + c0;
   T* y = static_cast<T*>(p.y) + c0;
   int64_t t = run.begin;
-  if (t - first < kBefore) {  // windows that reach back before the sequence: inputs and history side by side in floats
+  if (t - first < kBefore) {                           // windows that reach back before the sequence: inputs and history side by side in floats
     alignas(64) float window[2 * kBefore][kChannels];  // row i is input first - kBefore + i
     const int64_t* s = p.initial_strides;
     for (int64_t k = 0; k < kBefore; ++k)
@@ -112,8 +113,8 @@ template <class T> void last_inputs(const CausalConv1dParams& p, int64_t b) {
 }
 
 // Floats that a sequence's step looks at: the state's inputs, then its rows.
-template <class T> void gather_window(float* window, const float* state, const int64_t* s, int64_t before, const T* x, int64_t x_stride, RowRange rows,
-                                      int64_t c0, int64_t count) {
+template <class T> void gather_window(float* window, const float* state, const int64_t* s, int64_t before, const T* x, int64_t x_stride,
+                                      RowRange rows, int64_t c0, int64_t count) {
   if (s[1] == 1) {
     for (int64_t k = 0; k < before; ++k) widen(window + k * kChannels, state + c0 + k * s[2], count);
   } else {

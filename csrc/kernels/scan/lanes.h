@@ -112,7 +112,7 @@ STRETTO_INLINE void transpose16(const f32x16 (&in)[16], f32x16 (&out)[16]) {
     out[12 + i].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
   }
 #elif defined(STRETTO_ISA_avx2)
-  const auto eight = [](const __m256 (&r)[8], __m256 (&o)[8]) {
+  const auto eight = [](const __m256(&r)[8], __m256(&o)[8]) {
     __m256 a[8], b[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {

@@ -14,11 +14,11 @@
 namespace stretto {
 // What sequence, step and replay read alike. Rows are *_stride elements apart and dense inside.
 struct SelectiveScanInputs {
-  const void *u, *dt;          // [tokens, channels] of dtype
-  const void *b, *c;           // [tokens, groups, states] of dtype; c null: no outputs
-  const void* z;               // null, or [tokens, channels] of dtype
-  const float* a;              // [channels, states], any strides
-  const float *d, *dt_bias;    // null, or [channels]
+  const void *u, *dt;        // [tokens, channels] of dtype
+  const void *b, *c;         // [tokens, groups, states] of dtype; c null: no outputs
+  const void* z;             // null, or [tokens, channels] of dtype
+  const float* a;            // [channels, states], any strides
+  const float *d, *dt_bias;  // null, or [channels]
   int64_t tokens, channels, states, groups;
   int64_t u_stride, dt_stride, b_stride, c_stride, z_stride, a_strides[2];
   bool softplus;

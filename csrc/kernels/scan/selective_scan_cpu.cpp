@@ -1,10 +1,71 @@
 #include "kernels/scan/selective_scan.h"
 
+#include "common/parallel.h"
 #include "kernels/scan/scan_rows.h"
 #include "kernels/scan/selective_scan_tile.h"
 
 namespace stretto::STRETTO_ISA {
 namespace {
+
+// Channels are cut into runs of up to kRunBlocks blocks that stay in one group and share its B and C; a task is a run of a sequence.
+constexpr int64_t kRunBlocks = 4;  // 64 channels: whole cache lines of each row, in any dtype
+struct ScanRuns {
+  int64_t group_width, runs_per_group, count;
+  explicit ScanRuns(const SelectiveScanInputs& in) {
+    group_width = in.groups ? in.channels / in.groups : 0;
+    runs_per_group = (group_width + kRunBlocks * kLanes - 1) / (kRunBlocks * kLanes);
+    count = runs_per_group * in.groups;
+  }
+  int64_t group(int64_t run) const { return run / runs_per_group; }
+  int64_t first(int64_t run) const { return group(run) * group_width + run % runs_per_group * kRunBlocks * kLanes; }
+  int64_t width(int64_t run) const {
+    const int64_t left = group_width - run % runs_per_group * kRunBlocks * kLanes;
+    return left < kRunBlocks * kLanes ? left : kRunBlocks * kLanes;
+  }
+};
+
+// A run's working memory, from thread_scratch.
+struct ScanRun {
+  int64_t group, blocks;
+  ScanBlock block[kRunBlocks];
+  float* h[kRunBlocks];  // [states][16] each
+  float *b, *c;          // [kTileRows][states]
+  ScanTile tile;
+};
+
+ScanRun& scan_run(const SelectiveScanInputs& in, const ScanRuns& runs, int64_t run) {
+  const int64_t tile = in.states * kLanes, head = (static_cast<int64_t>(sizeof(ScanRun)) + 63) / 64 * 64,
+                vectors = (kTileRows * in.states + 15) / 16 * 16;
+  char* memory = static_cast<char*>(thread_scratch(0, head + 4 * (2 * kRunBlocks * tile + 2 * vectors)));
+  ScanRun& r = *reinterpret_cast<ScanRun*>(memory);
+  float* p = reinterpret_cast<float*>(memory + head);
+  const int64_t first = runs.first(run), width = runs.width(run);
+  r.group = runs.group(run);
+  r.blocks = (width + kLanes - 1) / kLanes;
+  for (int64_t k = 0; k < r.blocks; ++k) {
+    const int64_t left = width - k * kLanes;
+    r.h[k] = p + 2 * k * tile;
+    r.block[k] = scan_block(in, first + k * kLanes, left < kLanes ? static_cast<int>(left) : kLanes, p + (2 * k + 1) * tile);
+  }
+  r.b = p + 2 * kRunBlocks * tile;
+  r.c = r.b + vectors;
+  return r;
+}
+
+// `count` rows from the states in r.h, which advance; outputs go to y where kOutput.
+template <class T, bool kOutput> void scan_sequence(const SelectiveScanInputs& in, ScanRun& r, ScanRows rows, int64_t count, void* y,
+                                                    int64_t y_stride) {
+  for (int64_t row = 0; row < count; row += kTileRows) {
+    const int64_t some = count - row < kTileRows ? count - row : kTileRows;
+    scan_vectors<T>(r.b, in.b, in.b_stride, r.group, in.states, rows, row, some);
+    if (kOutput) scan_vectors<T>(r.c, in.c, in.c_stride, r.group, in.states, rows, row, some);
+    for (int64_t k = 0; k < r.blocks; ++k) {
+      const bool in_range = scan_inputs<T>(in, r.block[k], rows, row, some, r.tile);
+      scan_tile<kOutput>(r.h[k], r.block[k].a, r.tile, r.b, r.c, some, in.states, in_range);
+      if (kOutput) scan_outputs<T>(in, r.block[k], rows, row, some, r.tile, y, y_stride);
+    }
+  }
+}
 
 // How many tasks go to a thread together: about 10 us of work, a row of a run being 0.4 us of exponentials at 16 states.
 int64_t tasks_together(const SelectiveScanInputs& in, int64_t batch) { return 400 / ((in.tokens / (batch + 1) + 1) * (in.states + 4)) + 1; }
@@ -86,7 +147,8 @@ template <class F> void for_runs(const SelectiveScanInputs& in, int64_t batch, c
 }  // namespace
 
 void selective_scan(const SelectiveScanParams& p) {
-  for_runs(p.in, p.batch, [&](auto tag, const ScanRuns& runs, int64_t b, int64_t run) { forward_run<typename decltype(tag)::type>(p, runs, b, run); });
+  for_runs(p.in, p.batch,
+           [&](auto tag, const ScanRuns& runs, int64_t b, int64_t run) { forward_run<typename decltype(tag)::type>(p, runs, b, run); });
 }
 
 void selective_scan_step(const SelectiveScanStepParams& p) {

@@ -1,7 +1,6 @@
 // The recurrence of selective_scan.h on 16 channels and a tile of rows: what sequence, step, replay and backward are made of.
 // For *_cpu.cpp only.
 #pragma once
-#include "common/parallel.h"
 #include "kernels/scan/lanes.h"
 #include "kernels/scan/selective_scan.h"
 
@@ -15,9 +14,7 @@ constexpr int kStateBlock = 16;
 constexpr int kStateBlock = 4;
 #endif
 
-struct ScanTile {
-  alignas(64) float delta[kTileRows * kLanes], du[kTileRows * kLanes], y[kTileRows * kLanes];
-};
+struct ScanTile { alignas(64) float delta[kTileRows * kLanes], du[kTileRows * kLanes], y[kTileRows * kLanes]; };
 
 // Which rows of the inputs a sequence takes: consecutive ones, or those of a list.
 struct ScanRows {
@@ -49,7 +46,8 @@ STRETTO_INLINE ScanBlock scan_block(const SelectiveScanInputs& in, int64_t first
 }
 
 // delta and delta u of `count` rows. Returns whether all factors lie in the range of decay_in_range.
-template <class T> STRETTO_INLINE bool scan_inputs(const SelectiveScanInputs& in, const ScanBlock& k, ScanRows rows, int64_t row, int64_t count, ScanTile& tile) {
+template <class T> STRETTO_INLINE bool scan_inputs(const SelectiveScanInputs& in, const ScanBlock& k, ScanRows rows, int64_t row, int64_t count,
+                                                   ScanTile& tile) {
   const T *u = static_cast<const T*>(in.u) + k.first, *dt = static_cast<const T*>(in.dt) + k.first;
   const f32x16 bias = in.dt_bias ? load_n(in.dt_bias + k.first, k.lanes) : zero(), limit = broadcast(125.f);
   uint32_t inside = 0xffff;
@@ -66,7 +64,8 @@ template <class T> STRETTO_INLINE bool scan_inputs(const SelectiveScanInputs& in
 }
 
 // B or C of `count` rows of a group, as floats.
-template <class T> STRETTO_INLINE void scan_vectors(float* out, const void* from, int64_t stride, int64_t group, int64_t states, ScanRows rows, int64_t row, int64_t count) {
+template <class T> STRETTO_INLINE void scan_vectors(float* out, const void* from, int64_t stride, int64_t group, int64_t states, ScanRows rows,
+                                                    int64_t row, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const T* x = static_cast<const T*>(from) + rows[row + i] * stride + group * states;
     for (int64_t n = 0; n < states; n += kLanes) {
@@ -78,7 +77,8 @@ template <class T> STRETTO_INLINE void scan_vectors(float* out, const void* from
 
 // kBlock states over `count` rows. y is added to, so states ascend within a row.
 template <int kBlock, bool kInRange, bool kOutput>
-STRETTO_INLINE void scan_states(float* h, const float* a, const ScanTile& tile, const float* b, const float* c, float* y, int64_t count, int64_t states) {
+STRETTO_INLINE void scan_states(float* h, const float* a, const ScanTile& tile, const float* b, const float* c, float* y, int64_t count,
+                                int64_t states) {
   f32x16 state[kBlock];
 #pragma GCC unroll 16
   for (int n = 0; n < kBlock; ++n) state[n] = load(h + n * kLanes);
@@ -106,14 +106,16 @@ STRETTO_INLINE void scan_all_states(float* h, const float* a, ScanTile& tile, co
 }
 
 // The rows of a tile, whose inputs are ready: h [states][16] advances, and tile.y becomes sum_n C h where kOutput.
-template <bool kOutput> static void scan_tile(float* h, const float* a, ScanTile& tile, const float* b, const float* c, int64_t count, int64_t states, bool in_range) {
+template <bool kOutput> static void scan_tile(float* h, const float* a, ScanTile& tile, const float* b, const float* c, int64_t count, int64_t states,
+                                              bool in_range) {
   if (kOutput) std::memset(tile.y, 0, static_cast<size_t>(count) * kLanes * 4);
   in_range ? scan_all_states<true, kOutput>(h, a, tile, b, c, count, states) : scan_all_states<false, kOutput>(h, a, tile, b, c, count, states);
 }
 
 // D u and the gate, and out.
 template <class T>
-STRETTO_INLINE void scan_outputs(const SelectiveScanInputs& in, const ScanBlock& k, ScanRows rows, int64_t row, int64_t count, const ScanTile& tile, void* y, int64_t y_stride) {
+STRETTO_INLINE void scan_outputs(const SelectiveScanInputs& in, const ScanBlock& k, ScanRows rows, int64_t row, int64_t count, const ScanTile& tile,
+                                 void* y, int64_t y_stride) {
   const f32x16 d = in.d ? load_n(in.d + k.first, k.lanes) : zero();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t t = rows[row + i];
@@ -121,64 +123,6 @@ STRETTO_INLINE void scan_outputs(const SelectiveScanInputs& in, const ScanBlock&
     if (in.d) out = fma(d, load_n(static_cast<const T*>(in.u) + t * in.u_stride + k.first, k.lanes), out);
     if (in.z) out = mul(out, silu(load_n(static_cast<const T*>(in.z) + t * in.z_stride + k.first, k.lanes)));
     store_n(static_cast<T*>(y) + t * y_stride + k.first, out, k.lanes);
-  }
-}
-
-// Channels are cut into runs of up to kRunBlocks blocks that stay in one group and share its B and C; a task is a run of a sequence.
-constexpr int64_t kRunBlocks = 4;  // 64 channels: whole cache lines of each row, in any dtype
-struct ScanRuns {
-  int64_t group_width, runs_per_group, count;
-  explicit ScanRuns(const SelectiveScanInputs& in) {
-    group_width = in.groups ? in.channels / in.groups : 0;
-    runs_per_group = (group_width + kRunBlocks * kLanes - 1) / (kRunBlocks * kLanes);
-    count = runs_per_group * in.groups;
-  }
-  int64_t group(int64_t run) const { return run / runs_per_group; }
-  int64_t first(int64_t run) const { return group(run) * group_width + run % runs_per_group * kRunBlocks * kLanes; }
-  int64_t width(int64_t run) const {
-    const int64_t left = group_width - run % runs_per_group * kRunBlocks * kLanes;
-    return left < kRunBlocks * kLanes ? left : kRunBlocks * kLanes;
-  }
-};
-
-// A run's working memory, from thread_scratch.
-struct ScanRun {
-  int64_t group, blocks;
-  ScanBlock block[kRunBlocks];
-  float* h[kRunBlocks];  // [states][16] each
-  float *b, *c;          // [kTileRows][states]
-  ScanTile tile;
-};
-
-static ScanRun& scan_run(const SelectiveScanInputs& in, const ScanRuns& runs, int64_t run) {
-  const int64_t tile = in.states * kLanes, head = (static_cast<int64_t>(sizeof(ScanRun)) + 63) / 64 * 64, vectors = (kTileRows * in.states + 15) / 16 * 16;
-  char* memory = static_cast<char*>(thread_scratch(0, head + 4 * (2 * kRunBlocks * tile + 2 * vectors)));
-  ScanRun& r = *reinterpret_cast<ScanRun*>(memory);
-  float* p = reinterpret_cast<float*>(memory + head);
-  const int64_t first = runs.first(run), width = runs.width(run);
-  r.group = runs.group(run);
-  r.blocks = (width + kLanes - 1) / kLanes;
-  for (int64_t k = 0; k < r.blocks; ++k) {
-    const int64_t left = width - k * kLanes;
-    r.h[k] = p + 2 * k * tile;
-    r.block[k] = scan_block(in, first + k * kLanes, left < kLanes ? static_cast<int>(left) : kLanes, p + (2 * k + 1) * tile);
-  }
-  r.b = p + 2 * kRunBlocks * tile;
-  r.c = r.b + vectors;
-  return r;
-}
-
-// `count` rows from the states in r.h, which advance; outputs go to y where kOutput.
-template <class T, bool kOutput> static void scan_sequence(const SelectiveScanInputs& in, ScanRun& r, ScanRows rows, int64_t count, void* y, int64_t y_stride) {
-  for (int64_t row = 0; row < count; row += kTileRows) {
-    const int64_t some = count - row < kTileRows ? count - row : kTileRows;
-    scan_vectors<T>(r.b, in.b, in.b_stride, r.group, in.states, rows, row, some);
-    if (kOutput) scan_vectors<T>(r.c, in.c, in.c_stride, r.group, in.states, rows, row, some);
-    for (int64_t k = 0; k < r.blocks; ++k) {
-      const bool in_range = scan_inputs<T>(in, r.block[k], rows, row, some, r.tile);
-      scan_tile<kOutput>(r.h[k], r.block[k].a, r.tile, r.b, r.c, some, in.states, in_range);
-      if (kOutput) scan_outputs<T>(in, r.block[k], rows, row, some, r.tile, y, y_stride);
-    }
   }
 }
 

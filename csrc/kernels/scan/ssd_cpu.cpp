@@ -51,13 +51,13 @@ STRETTO_INLINE f32x16 exp2_of(f32x16 hi, f32x16 lo) {
 
 // Working memory of a task: a chunk of the heads of one group.
 struct Chunk {
-  int64_t rows, dim, states;                 // padded
-  float *delta, *hi, *lo, *start, *weight;   // [rows]: cs = hi + lo; start = 2^cs, weight = delta 2^(cs_end - cs)
-  float *b, *c;                              // [rows][states]
-  float* bt;                                 // [states][rows]
-  float *scores, *mixed;                     // [rows][rows]: C B^T, and that times decay and delta
-  float *x, *weighted, *y;                   // [rows][dim]
-  float* h[kHeads];                          // [states][dim]
+  int64_t rows, dim, states;                // padded
+  float *delta, *hi, *lo, *start, *weight;  // [rows]: cs = hi + lo; start = 2^cs, weight = delta 2^(cs_end - cs)
+  float *b, *c;                             // [rows][states]
+  float* bt;                                // [states][rows]
+  float *scores, *mixed;                    // [rows][rows]: C B^T, and that times decay and delta
+  float *x, *weighted, *y;                  // [rows][dim]
+  float* h[kHeads];                         // [states][dim]
 
   Chunk(const SsdInputs& in, int64_t length) : rows(padded(length)), dim(padded(in.dim)), states(padded(in.states)) {
     const int64_t floats = rows * (5 + 3 * states + 2 * rows + 3 * dim) + kHeads * states * dim;

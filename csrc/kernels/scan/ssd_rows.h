@@ -25,7 +25,8 @@ struct SsdRows {
 // delta of `count` rows of a head; room for padded(count).
 template <class T> STRETTO_INLINE void ssd_deltas(float* delta, const SsdInputs& in, int64_t head, SsdRows rows, int64_t row, int64_t count) {
   const f32x16 bias = broadcast(in.dt_bias ? in.dt_bias[head] : 0.f);
-  for (int64_t i = 0; i < padded(count); ++i) delta[i] = i < count ? to_float(static_cast<const T*>(in.dt)[rows[row + i] * in.dt_stride + head]) : 0.f;
+  for (int64_t i = 0; i < padded(count); ++i)
+    delta[i] = i < count ? to_float(static_cast<const T*>(in.dt)[rows[row + i] * in.dt_stride + head]) : 0.f;
   for (int64_t i = 0; i < count; i += kLanes) {
     f32x16 d = load(delta + i);
     if (in.dt_bias) d = add(d, bias);

@@ -14,12 +14,12 @@ constexpr int kVectors = 4;
 
 // Working memory of a task: a tile of rows of one head.
 struct HeadTile {
-  int64_t states, dim;              // padded
-  float *delta, *factor;            // [kTileRows]
-  float *b, *c;                     // [kTileRows][states]
-  float *x, *dx, *y;                // [kTileRows][dim]
-  float* sums;                      // [kTileRows][16]: of one channel
-  float* h;                         // [dim of the head][states]
+  int64_t states, dim;    // padded
+  float *delta, *factor;  // [kTileRows]
+  float *b, *c;           // [kTileRows][states]
+  float *x, *dx, *y;      // [kTileRows][dim]
+  float* sums;            // [kTileRows][16]: of one channel
+  float* h;               // [dim of the head][states]
 
   explicit HeadTile(const SsdInputs& in) : states(padded(in.states)), dim(padded(in.dim)) {
     const int64_t floats = kTileRows * (2 + 2 * states + 3 * dim + kLanes) + in.dim * states;
@@ -161,9 +161,8 @@ template <class T> void replay_head(const SsdReplayParams& p, int64_t b, int64_t
 // f(sequence, head), about 10 us of work together: 32 states of a channel a nanosecond.
 template <class F> void for_heads(const SsdInputs& in, int64_t batch, const F& f) {
   const int64_t grain = 160000 / ((in.tokens / (batch + 1) + 1) * (in.dim * in.states + 1)) + 1;
-  dispatch_float(in.dtype, [&](auto tag) {
-    parallel_for(0, batch * in.heads, grain, [&](int64_t task) { f(tag, task / in.heads, task % in.heads); });
-  });
+  dispatch_float(in.dtype,
+                 [&](auto tag) { parallel_for(0, batch * in.heads, grain, [&](int64_t task) { f(tag, task / in.heads, task % in.heads); }); });
 }
 
 }  // namespace

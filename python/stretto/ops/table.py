@@ -115,6 +115,11 @@ def _given_backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., t
     return run
 
 
+def no_second_derivative(inputs: tuple[Any, ...], *grads: Tensor | None) -> tuple[Any, ...]:
+    """The `backward` of ops that are themselves a backward."""
+    raise NotImplementedError("second derivatives of this op are not there; differentiate its reference in ops.ref instead")
+
+
 def register(
     schema: str,
     kernel: Callable[..., Any],

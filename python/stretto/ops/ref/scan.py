@@ -7,7 +7,7 @@ are packed `[tokens, ...]` with `cu_seqlens`, or a batch `[batch, length, ...]`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -171,8 +171,9 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, h_last): H = exp(delta A) H + delta x B^T; y = (H C + D x) silu(z). `chunk` does not change the meaning."""
     if x.dim() == 4:
-        flat = [t if t is None else t.flatten(0, 1) for t in (x, dt, B, C, z)]
-        y, last = ssd(flat[0], flat[1], A, flat[2], flat[3], D, flat[4], dt_bias, softplus, h0, even(*x.shape[:2]), chunk)
+        flat = [t.flatten(0, 1) for t in (x, dt, B, C)]
+        gate = None if z is None else z.flatten(0, 1)
+        y, last = ssd(flat[0], flat[1], A, flat[2], flat[3], D, gate, dt_bias, softplus, h0, even(*x.shape[:2]), chunk)
         return y.view(x.shape), last
     delta, v = step_size(dt, dt_bias, softplus, A.dtype), x.to(A.dtype)
     b, c = per_channel(B.to(A.dtype), x.shape[1]), per_channel(C.to(A.dtype), x.shape[1])
@@ -226,3 +227,45 @@ def ssd_replay(
         if slot >= 0:
             r = row[:count]
             state[slot] = ssd(x[r], dt[r], A, B[r], B[r], None, None, dt_bias, softplus, state[slot : slot + 1].clone(), None)[1][0]
+
+
+def _gradients(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradient of function(*inputs) for each tensor among the inputs; no elements where there is none."""
+    with torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_() for t in inputs]
+        results = function(*leaves)
+        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+        wanted = [t for t in leaves if t is not None]
+        found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
+    some = next(t for t in inputs if t is not None)
+    return tuple(some.new_zeros(0) if t is None else next(found) for t in leaves)
+
+
+def causal_conv1d_backward(
+    dy: Tensor, dfinal: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, initial: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(dx, dweight, dbias, dinitial); what was not given gets no elements."""
+    return _gradients(lambda x, w, b, i: causal_conv1d(x, w, b, activation, i, cu_seqlens), (x, weight, bias, initial), (dy, dfinal))
+
+
+def selective_scan_backward(
+    dy: Tensor, dlast: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    dt_bias: Tensor | None = None, softplus: bool = False, h0: Tensor | None = None, cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(du, ddt, dA, dB, dC, dD, dz, ddt_bias, dh0); what was not given gets no elements."""
+    return _gradients(
+        lambda u, dt, A, B, C, D, z, bias, h0: selective_scan(u, dt, A, B, C, D, z, bias, softplus, h0, cu_seqlens),
+        (u, dt, A, B, C, D, z, dt_bias, h0), (dy, dlast),
+    )  # fmt: skip
+
+
+def ssd_backward(
+    dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    dt_bias: Tensor | None = None, softplus: bool = False, h0: Tensor | None = None, cu_seqlens: Tensor | None = None, chunk: int = 64,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dh0); what was not given gets no elements."""
+    return _gradients(
+        lambda x, dt, A, B, C, D, z, bias, h0: ssd(x, dt, A, B, C, D, z, bias, softplus, h0, cu_seqlens, chunk),
+        (x, dt, A, B, C, D, z, dt_bias, h0), (dy, dlast),
+    )  # fmt: skip

@@ -66,7 +66,7 @@ def selective_cases(make: Make) -> Iterator[Case]:
         yield case("empty-sequences", 4, 16, 16, 1, cu=ring_rows.cu(0, 4, 0), h0=make.randn(3, 16, 16))
         yield case("nothing", 0, 16, 16, 1, cu=ring_rows.cu(0, 0), h0=make.randn(2, 16, 16))
         u, dt, rates, b, c, d, z, bias = selective_case(make, 12, 20, 16, 2, dtype)
-        batch = [t.unflatten(0, (3, 4)) for t in (u, dt, b, c, z)]
+        batch = [t.view(3, 4, *t.shape[1:]) for t in (u, dt, b, c, z)]
         yield Case(f"batch-{dtype}", (batch[0], batch[1], rates, batch[2], batch[3], d, batch[4], bias, True, make.randn(3, 20, 16)))
         yield Case(f"bare-{dtype}", (u, dt.abs() * 0.1, rates, b, c))
         yield Case(f"strided-{dtype}", (u.t().contiguous().t(), dt, rates.t().contiguous().t(), b.mT.contiguous().mT, c, d, z, bias, True))
@@ -110,7 +110,11 @@ def ssd_case(make: Make, tokens: int, heads: int, dim: int, states: int, groups:
 
 def ssd_cases(make: Make) -> Iterator[Case]:
     for dtype in FLOATS:
-        def case(name: str, *sizes: int, cu: Tensor | None = None, h0: Tensor | None = None, chunk: int = 64, dtype: torch.dtype = dtype) -> Case:
+
+        def case(
+            name: str, *sizes: Unpack[tuple[int, int, int, int, int]], cu: Tensor | None = None, h0: Tensor | None = None, chunk: int = 64,
+            dtype: torch.dtype = dtype,
+        ) -> Case:  # fmt: skip
             return Case(f"{name}-{dtype}", (*ssd_case(make, *sizes, dtype), True, h0, cu, chunk))
 
         yield case("ragged", 29, 4, 6, 16, 2, cu=ring_rows.cu(19, 1, 9), h0=make.randn(3, 4, 6, 16), chunk=8)
@@ -121,7 +125,7 @@ def ssd_cases(make: Make) -> Iterator[Case]:
         yield case("empty-sequences", 4, 2, 16, 16, 1, cu=ring_rows.cu(0, 4, 0), h0=make.randn(3, 2, 16, 16))
         yield case("nothing", 0, 2, 16, 16, 1, cu=ring_rows.cu(0, 0), h0=make.randn(2, 2, 16, 16))
         x, dt, rates, b, c, d, z, bias = ssd_case(make, 34, 4, 20, 16, 2, dtype)
-        batch = [t.unflatten(0, (2, 17)) for t in (x, dt, b, c, z)]
+        batch = [t.view(2, 17, *t.shape[1:]) for t in (x, dt, b, c, z)]
         yield Case(f"batch-{dtype}", (batch[0], batch[1], rates, batch[2], batch[3], d, batch[4], bias, True, make.randn(2, 4, 20, 16), None, 16))
         yield Case(f"bare-{dtype}", (x, dt.abs() * 0.1, rates, b, c))
         yield Case(f"strided-{dtype}", (x.mT.contiguous().mT, dt.t().contiguous().t(), rates, b.mT.contiguous().mT, c, d, z, bias, True))

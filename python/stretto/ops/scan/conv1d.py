@@ -11,6 +11,7 @@ from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import F32, FLOATS, I32, check_tensors, dtype_as
 from stretto.ops.scan import packing
+from stretto.ops.scan.backward import conv_gradients
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
 
@@ -229,6 +230,7 @@ register(
     bound="memory",
     peers={"torch conv1d": _torch_conv},
     source="arXiv 2312.00752",
+    backward=conv_gradients,
 )
 
 

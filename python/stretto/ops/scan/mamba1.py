@@ -11,8 +11,15 @@ from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import F32, FLOATS, I32, check_tensors, dtype_as
 from stretto.ops.scan import packing
+from stretto.ops.scan.backward import scan_gradients
 from stretto.ops.scan.cases import ring_rows, selective_bad, selective_bench, selective_case, selective_cases
-from stretto.ops.scan.peers import compiled_selective_scan, compiled_selective_step, mambapy_selective_scan
+from stretto.ops.scan.peers import (
+    compiled_selective_scan,
+    compiled_selective_step,
+    mambapy_selective_scan,
+    transformers_selective_scan,
+    transformers_selective_step,
+)
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
 
@@ -175,8 +182,9 @@ register(
         flops=19 * u.numel() * A.shape[1],  # 13 of them the exponential
     ),
     bound="compute",
-    peers={"compiled torch loop": compiled_selective_scan, "mambapy": mambapy_selective_scan},
+    peers={"compiled torch loop": compiled_selective_scan, "transformers": transformers_selective_scan, "mambapy": mambapy_selective_scan},
     source="arXiv 2312.00752",
+    backward=lambda inputs, *grads: scan_gradients(torch.ops.stretto.selective_scan_backward, 2, inputs, grads),
 )
 
 
@@ -238,7 +246,7 @@ register(
     bench_cases=_step_bench,
     cost=lambda state, u, dt, A, B, *rest: Cost(4 * u.nbytes + 2 * B.nbytes + A.nbytes + 2 * state.nbytes, flops=19 * u.numel() * A.shape[1]),
     bound="memory",
-    peers={"compiled torch": compiled_selective_step},
+    peers={"compiled torch": compiled_selective_step, "transformers": transformers_selective_step},
     source="arXiv 2312.00752",
 )
 

@@ -11,8 +11,9 @@ from stretto.ops import _backend, ref
 from stretto.ops._backend import needs_dispatch
 from stretto.ops._check import F32, FLOATS, I32, check_tensors, dtype_as
 from stretto.ops.scan import packing
+from stretto.ops.scan.backward import scan_gradients
 from stretto.ops.scan.cases import ring_rows, ssd_bad, ssd_bench, ssd_case, ssd_cases
-from stretto.ops.scan.peers import chunked_ssd, compiled_ssd_step
+from stretto.ops.scan.peers import chunked_ssd, compiled_ssd_step, transformers_ssd
 from stretto.ops.table import BadCase, Case, Cost, Make, register
 
 
@@ -180,17 +181,21 @@ register(
     bench_cases=ssd_bench,
     cost=_cost,
     bound="compute",
-    peers={"torch chunks": chunked_ssd},
+    peers={"torch chunks": chunked_ssd, "transformers": transformers_ssd},
     source="arXiv 2405.21060",
+    backward=lambda inputs, *grads: scan_gradients(torch.ops.stretto.ssd_backward, 3, inputs, grads),
 )
 
 
 def _step_cases(make: Make) -> Iterator[Case]:
     i32 = torch.int32
     for dtype in FLOATS:
+
         def case(name: str, tokens: int, slots: int, *rest: object, sizes: tuple[int, ...] = (4, 6, 16, 2), dtype: torch.dtype = dtype) -> Case:
             heads, dim, states, groups = sizes
-            return Case(f"{name}-{dtype}", (make.randn(slots, heads, dim, states), *ssd_case(make, tokens, heads, dim, states, groups, dtype), True, *rest))
+            return Case(
+                f"{name}-{dtype}", (make.randn(slots, heads, dim, states), *ssd_case(make, tokens, heads, dim, states, groups, dtype), True, *rest)
+            )
 
         yield case("rows", 3, 3)
         yield case("slots", 3, 5, torch.tensor([4, -1, 0], dtype=i32))
@@ -213,7 +218,9 @@ def _step_bad(make: Make) -> Iterator[BadCase]:
     for slot in (4, 5, 2**31 - 1):
         yield BadCase(f"slot{slot}", (state, *inputs, True, torch.tensor([0, slot, 1], dtype=i32)), f"{op}: slots: {slot} at 1")
     yield BadCase("twice", (state, *inputs, True, torch.tensor([0, 1, 0], dtype=i32)), f"{op}: slots: 0 at 2 a second time")
-    yield BadCase("tree-update", (state, *inputs, True, None, ring_rows.cu(3), torch.tensor([-1, 0, 1], dtype=i32)), f"{op}: update: True with parent")
+    yield BadCase(
+        "tree-update", (state, *inputs, True, None, ring_rows.cu(3), torch.tensor([-1, 0, 1], dtype=i32)), f"{op}: update: True with parent"
+    )
 
 
 def _step_bench(make: Make) -> Iterator[Case]:

@@ -25,7 +25,7 @@ def packed(t: Any, lead: Lead) -> Any:
 
 
 def unpacked(t: Tensor, lead: Lead) -> Tensor:
-    return t if lead is None else t.unflatten(0, lead)
+    return t if lead is None else t.view(*lead, *t.shape[1:])
 
 
 def bounds(op: str, cu_seqlens: Tensor | None, lead: Lead, tokens: int, device: torch.device) -> Tensor:

@@ -61,14 +61,37 @@ def compiled_selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tens
     return torch.stack(ys, 1)
 
 
-def mambapy_selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, softplus: bool) -> Tensor:
-    """mambapy's parallel scan."""
-    pscan = _module("mambapy.pscan", "mambapy").pscan
-    _only(u.dim() == 3 and B.shape[2] == 1 and softplus, "a batch with one group and softplus only")
-    delta, x = plus(dt.float() + dt_bias), u.float()
-    h = pscan(torch.exp(delta[..., None] * A), (delta * x)[..., None] * B.float())
-    y: Tensor = (h @ C.float().mT).squeeze(3) + D * x
-    return (y * silu(z.float())).to(u.dtype)
+def transformers_selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, softplus: bool, use_mambapy: bool = False
+) -> Tensor:
+    """What MambaMixer runs where mamba-ssm is not installed; with mambapy's parallel scan if asked."""
+    module = _module("transformers.models.mamba.modeling_mamba", "transformers")
+    _only(not use_mambapy or module.is_mambapy_available(), "mambapy is not installed")
+    _only(u.dim() == 3 and B.shape[2] == 1, "a batch with one group only")
+    turned = [t.mT for t in (u, dt, B[:, :, 0], C[:, :, 0], z)]
+    y = module.mamba_selective_scan(turned[0], turned[1], A, turned[2], turned[3], D, turned[4], dt_bias, softplus, use_mambapy=use_mambapy)
+    return y.mT  # type: ignore[no-any-return]
+
+
+mambapy_selective_scan = functools.partial(transformers_selective_scan, use_mambapy=True)
+
+
+def transformers_selective_step(
+    state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, softplus: bool
+) -> Tensor:
+    module = _module("transformers.models.mamba.modeling_mamba", "transformers")
+    _only(B.shape[1] == 1, "one group only")
+    return module.mamba_selective_state_update(state, u, dt, A, B[:, 0], C[:, 0], D, dt_bias, softplus, z)  # type: ignore[no-any-return]
+
+
+def transformers_ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, softplus: bool, chunk: int = 64
+) -> Tensor:
+    """What Mamba2Mixer runs where mamba-ssm is not installed, and the gate."""
+    module = _module("transformers.models.mamba2.modeling_mamba2", "transformers")
+    _only(x.dim() == 4, "a batch only")
+    y = module.mamba2_chunk_scan(x, dt, A, B, C, chunk, D, dt_bias, dt_softplus=softplus)
+    return (y * silu(z.float())).to(x.dtype)  # type: ignore[no-any-return]
 
 
 def _ssd_update(h: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,11 +117,13 @@ def chunked_ssd(
     """The chunk form in float32 on torch's matrix products: what a careful user writes, several times faster than transformers' own."""
     _only(x.dim() == 4 and B.shape[2] == 1 and softplus and x.shape[1] % chunk == 0, "a batch of whole chunks with one group and softplus only")
     batch, length, heads, dim = x.shape
-    delta = plus(dt.float() + dt_bias).unflatten(1, (-1, chunk))  # [b, c, q, h]
-    v = x.float().unflatten(1, (-1, chunk))
-    b, c = (t.float()[:, :, 0].unflatten(1, (-1, chunk)) for t in (B, C))
+    delta = plus(dt.float() + dt_bias).view(batch, -1, chunk, heads)  # [b, c, q, h]
+    v = x.float().view(batch, -1, chunk, heads, dim)
+    b, c = (t.float()[:, :, 0].reshape(batch, -1, chunk, t.shape[3]) for t in (B, C))
     cs = (delta * A).cumsum(2).permute(0, 1, 3, 2)  # [b, c, h, q]
-    scores = (c @ b.mT)[:, :, None] * torch.exp((cs[..., :, None] - cs[..., None, :]).masked_fill(~torch.ones(chunk, chunk, dtype=torch.bool).tril(), -torch.inf))
+    scores = (c @ b.mT)[:, :, None] * torch.exp(
+        (cs[..., :, None] - cs[..., None, :]).masked_fill(~torch.ones(chunk, chunk, dtype=torch.bool).tril(), -torch.inf)
+    )
     dv = (delta[..., None] * v).transpose(2, 3)  # [b, c, h, q, p]
     y = scores @ dv
     states = (dv * torch.exp(cs[..., -1:] - cs)[..., None]).mT @ b[:, :, None]  # [b, c, h, p, n]
