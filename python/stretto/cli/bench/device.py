@@ -89,7 +89,7 @@ def _fastest(call: Callable[[], object], runs: int = 20) -> float:
         call()
     times = []
     for _ in range(runs):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
@@ -126,7 +126,7 @@ class DeviceRunner:
 
     def seconds(self) -> float:
         """Mean of one call over about ROUND_SECONDS."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         if self.graph is not None:
             self.graph.replay()
