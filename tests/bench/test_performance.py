@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stretto.ops.table import OPS
 
-from bench import performance
+from bench import ops_page, performance
 
 
 def document(speedup: float, cost: float) -> dict[str, Any]:
@@ -79,3 +80,18 @@ def test_kernels_have_their_section(tmp_path: Path):
     assert "| rms_norm | 1 row | bfloat16 | 3.2 | 50% | 1.25× | torch | yes |" in text
     assert "| rms_norm | 1 row | bfloat16 | 3.2 | 50% | – | – | yes |" in text
     assert "build ok (9 s)" in text
+
+
+def test_the_page_of_ops_is_up_to_date():
+    assert ops_page.PAGE.read_text() == ops_page.page(ops_page.measured(ops_page.RESULTS)), "python -m bench.ops_page writes it"
+
+
+def test_every_op_has_its_contract_on_the_page(tmp_path: Path):
+    text = ops_page.page({"rms_norm": [{
+        "case": "c", "dtype": "float32", "threads": 2, "us": 1.0, "gb_per_s": 2.0, "gflops": 3.0, "roof_share": 0.5, "peers": {"slow": 3.0, "fast": 0.5},
+        "ratio": 0.5, "machine": "m", "file": "f",
+    }]})  # fmt: skip
+    assert "| c | float32 | 2 | 1.0 | 2.0 | 3.0 | 50% | fast | 0.50× |" in text
+    for op in OPS.values():
+        assert f"### {op.name}\n" in text
+        assert op.schema in text

@@ -67,10 +67,13 @@ template <class T> __global__ void __launch_bounds__(kBlock) rope_append_kernel(
     for (int64_t i = threadIdx.x; i < head_dim; i += kBlock) x[i] = s.x[i];
     return;
   }
-  const int64_t kv_head = (head - p.heads) % p.kv_heads, plane = slot / p.page_size * p.kv_heads + kv_head, offset = slot % p.page_size;
-  const int64_t at = plane * p.page_size + offset;
-  if (is_value) write_head(s.x, head_dim, static_cast<T*>(p.v_pages) + at * head_dim, 1, p.v_scales + at, s.scratch);
-  else write_head(s.x, head_dim, static_cast<T*>(p.k_pages) + plane * p.page_size * head_dim + offset, p.page_size, p.k_scales + at, s.scratch);
+  const int64_t first = (head - p.heads) % p.kv_heads * p.page_size, page = slot / p.page_size, offset = slot % p.page_size, at = first + offset;
+  if (is_value) {
+    write_head(s.x, head_dim, static_cast<T*>(p.v_pages) + page * p.v_page + at * head_dim, 1, p.v_scales + page * p.v_scale_page + at, s.scratch);
+  } else {
+    T* column = static_cast<T*>(p.k_pages) + page * p.k_page + first * head_dim + offset;
+    write_head(s.x, head_dim, column, p.page_size, p.k_scales + page * p.k_scale_page + at, s.scratch);
+  }
 }
 
 }  // namespace

@@ -141,6 +141,7 @@ def _append(
 
 
 def _positional(*args: object) -> None:
+    """`append` with every argument by position, as torch.ops.stretto.rope_append takes them."""
     _append(*args)  # type: ignore[arg-type]
 
 
@@ -196,4 +197,5 @@ register(
     cost=lambda qkv, positions, slots, cos_sin, k_pages, *_: Cost(2 * qkv.nbytes, 6 * qkv.numel()),
     bound="memory",
     source="arXiv 2104.09864",
+    kernels=("rope_append",),
 )
