@@ -297,7 +297,7 @@ void ssd_step(TensorView state, TensorView x, TensorView dt, TensorView a, Tenso
                         .update = update && !parent};
   require_state(state, op, "state", {-1, p.in.heads, p.in.dim, p.in.states});
   require_vector(parent, op, "parent", DType::i32, p.in.tokens);
-  require_tensor(y, op, "y", x.dtype, {p.in.tokens, p.in.heads, p.in.dim});
+  require_tensor(y, op, "out", x.dtype, {p.in.tokens, p.in.heads, p.in.dim});
   launch(op, ssd_step_cpu, p);
 }
 

@@ -196,7 +196,8 @@ void causal_conv1d_step(const CausalConv1dStepParams& p) {
   dispatch_float(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     dispatch_width(p.width, [&]<int kWidth>() {
-      parallel_for(0, p.batch * blocks, grain, [&](int64_t task) { step_sequence<kWidth, T>(p, task / blocks, task % blocks * kChannels); });
+      parallel_for(0, p.batch * blocks, even_grain(p.batch * blocks, grain),
+                   [&](int64_t task) { step_sequence<kWidth, T>(p, task / blocks, task % blocks * kChannels); });
     });
   });
 }
@@ -205,7 +206,8 @@ void causal_conv1d_replay(const CausalConv1dReplayParams& p) {
   const int64_t blocks = channel_blocks(p.channels);
   dispatch_float(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    parallel_for(0, p.batch * blocks, 24, [&](int64_t task) { replay_sequence<T>(p, task / blocks, task % blocks * kChannels); });
+    parallel_for(0, p.batch * blocks, even_grain(p.batch * blocks, 24),
+                 [&](int64_t task) { replay_sequence<T>(p, task / blocks, task % blocks * kChannels); });
   });
 }
 

@@ -22,6 +22,12 @@ STRETTO_SCAN_FN RowRange rows_of(const int32_t* cu_seqlens, int64_t b, int64_t t
   return {begin, last < begin ? begin : last < tokens ? last : tokens};
 }
 
+// The grain that cuts `tasks` into as many equal parts as parts of `grain` would make: a short last part would leave a thread idle.
+STRETTO_SCAN_FN int64_t even_grain(int64_t tasks, int64_t grain) {
+  const int64_t parts = (tasks + grain - 1) / grain;
+  return parts > 0 ? (tasks + parts - 1) / parts : 1;
+}
+
 // The slot of sequence b, or -1 where it is idle.
 STRETTO_SCAN_FN int64_t slot_of(const int32_t* slots, int64_t b, int64_t num_slots) {
   const int64_t slot = slots ? slots[b] : b;

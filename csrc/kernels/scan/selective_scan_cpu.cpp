@@ -139,7 +139,7 @@ template <class F> void for_runs(const SelectiveScanInputs& in, int64_t batch, c
   if (runs.count == 0) return;
   dispatch_float(in.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    parallel_for(0, batch * runs.count, tasks_together(in, batch),
+    parallel_for(0, batch * runs.count, even_grain(batch * runs.count, tasks_together(in, batch)),
                  [&](int64_t task) { f(TypeTag<T>{}, runs, task / runs.count, task % runs.count); });
   });
 }

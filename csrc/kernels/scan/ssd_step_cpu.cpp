@@ -161,8 +161,9 @@ template <class T> void replay_head(const SsdReplayParams& p, int64_t b, int64_t
 // f(sequence, head), about 10 us of work together: 32 states of a channel a nanosecond.
 template <class F> void for_heads(const SsdInputs& in, int64_t batch, const F& f) {
   const int64_t grain = 160000 / ((in.tokens / (batch + 1) + 1) * (in.dim * in.states + 1)) + 1;
-  dispatch_float(in.dtype,
-                 [&](auto tag) { parallel_for(0, batch * in.heads, grain, [&](int64_t task) { f(tag, task / in.heads, task % in.heads); }); });
+  dispatch_float(in.dtype, [&](auto tag) {
+    parallel_for(0, batch * in.heads, even_grain(batch * in.heads, grain), [&](int64_t task) { f(tag, task / in.heads, task % in.heads); });
+  });
 }
 
 }  // namespace
