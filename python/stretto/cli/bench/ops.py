@@ -23,6 +23,7 @@ COLD_BYTES = 96 << 20  # of copies that calls take turns on: past the caches, as
 MAX_COPIES = 64
 ROUND_SECONDS = 0.01  # one sample repeats the call for about this long: far above the clock's resolution
 OURS, REFERENCE = "stretto", "reference"
+REFERENCE_SECONDS = 0.1  # a reference that loops over tokens is checked against, and not timed
 
 
 def chosen(names: Sequence[str]) -> list[Op]:
@@ -91,6 +92,9 @@ def measure(op: Op, case: Case, choice: Choice, ceilings: Ceilings | DeviceCeili
     for name, function in {OURS: op.function, REFERENCE: op.reference, **op.peers}.items():
         if name != OURS and choice.peers is not None and name not in choice.peers:
             continue
+        if name == REFERENCE and (once := _seconds_of(function, copies[0])) > REFERENCE_SECONDS:
+            refused[name] = f"{once:.1f} s a call: a meaning, not a rival"
+            continue
         try:
             runs[name] = (DeviceRunner if on_cuda else Runner)(function, copies)
         except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:  # a peer not installed, or without this shape
@@ -118,6 +122,15 @@ def share(cost: Cost, seconds: float, family: str, dtype: torch.dtype | None, ce
     """Speed, and the part of the measured roofline it is."""
     bound = max(cost.bytes / ceilings.bandwidth, cost.flops / ceilings.peak(family, dtype)) / 1e9
     return {"us": seconds * 1e6, "gb_per_s": cost.bytes / seconds / 1e9, "gflops": cost.flops / seconds / 1e9, "roof_share": bound / seconds}
+
+
+def _seconds_of(function: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]]) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    function(*given[0], **given[1])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 class Runner:
