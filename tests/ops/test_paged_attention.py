@@ -195,7 +195,10 @@ def test_strided_queries_and_outputs(isa):
     assert wide[:, 266:].isnan().all()
 
 
-def test_rows_of_no_sequence_are_left_alone(isa):
+@pytest.mark.parametrize("path", ["native", "reference"])
+def test_rows_of_no_sequence_are_left_alone(path, isa, monkeypatch):
+    if path == "reference":
+        monkeypatch.setattr(_backend, "use_reference", lambda *_: True)
     seqs = [make_seq(1, 30, 5), make_seq(2, 0, 9)]
     args = arguments(seqs)
     args["q"] = torch.cat([args["q"], torch.randn(3, 4, 64)])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import stretto.ops as ops
 import torch
+from stretto.ops import _backend
 from stretto.ops.table import OPS, Case, Make
 from torch import Tensor
 
@@ -36,6 +39,19 @@ def test_matches_reference(op, case: Case, isa, device):
     oracle = call(op.reference, case, to_double)
     got = call(op.function, case) if device.type == "cpu" else [t.cpu() for t in call(op.function, case, lambda v: to_device(v, device))]
     assert_close_to_oracle(got, oracle, call(op.reference, case), times=op.tolerance)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_reference_makes_tensors_where_its_inputs_are(op, monkeypatch):
+    """With meta as the default device, a tensor made without `device=` has no data: the call fails, or its results are not those of the CPU."""
+    monkeypatch.setattr(_backend, "use_reference", lambda *_: True)
+    small = [case for case in op.cases(Make()) if sum(t.numel() for t in tensors_of(case)) < 30_000]
+    assert small
+    for case, function in itertools.product(small, (op.reference, op.function)):
+        expected = call(function, case)
+        with torch.device("meta"):
+            got = call(function, case)
+        assert all(one.is_cpu and same_bits(one, other) for one, other in zip(got, expected, strict=True)), case.id
 
 
 @pytest.mark.parametrize(("op", "case"), LEGAL)

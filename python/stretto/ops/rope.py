@@ -51,7 +51,7 @@ def table(positions: Tensor, rotary_dim: int, theta: float, scaling: Scaling | N
     check(0 < theta < math.inf, f"rope.table: theta: {theta}, expected finite and above 0")
     if scaling is not None:
         check(0 < scaling.factor < math.inf, f"rope.table: scaling: factor {scaling.factor}, expected finite and above 0")
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions.device) / rotary_dim
     base = theta
     if scaling is not None and scaling.type == "ntk":
         check(rotary_dim > 2, "rope.table: rotary_dim: 2, expected at least 4 with ntk scaling, which leaves the first pair alone")
@@ -78,7 +78,7 @@ def _yarn(frequency: Tensor, dim: int, theta: float, s: Scaling) -> Tensor:
         return dim * math.log(s.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(math.floor(pair_turning(s.beta_fast)), 0), min(math.ceil(pair_turning(s.beta_slow)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64, device=frequency.device) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return frequency / s.factor * ramp + frequency * (1 - ramp)
 
 

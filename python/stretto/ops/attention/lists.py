@@ -97,7 +97,7 @@ def key_lists(sees: Tensor, block: int = 64) -> KeyLists:
     end = (change == -1).nonzero(as_tuple=True)[1]
     long = end - begin >= SHORT_RUN
     short_row, short_begin, length = row[~long], begin[~long], (end - begin)[~long]
-    inside = torch.arange(int(length.sum())) - (length.cumsum(0) - length).repeat_interleave(length)
+    inside = torch.arange(int(length.sum()), device=sees.device) - (length.cumsum(0) - length).repeat_interleave(length)
     columns = short_begin.repeat_interleave(length) + inside
 
     def pointers(of_row: Tensor) -> Tensor:

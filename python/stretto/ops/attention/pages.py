@@ -75,8 +75,13 @@ def _paged(
     if head_dim % 16 and q.shape[0]:
         raise NotImplementedError(f"attention.paged: head_dim: {head_dim}, expected a multiple of 16; ops.ref.attention.paged takes any")
     if _backend.use_reference("paged_attention", q):
-        result = ref.attention.paged(q, k_pages, v_pages, table, cu_q, cached, scale, window, softcap, mask, mask_start, k_scales, v_scales)
-        return result if out is None else out.copy_(result)
+        used = cached if num_seqs is None else cached[: max(int(num_seqs), 0)]
+        result = ref.attention.paged(q, k_pages, v_pages, table, cu_q, used, scale, window, softcap, mask, mask_start, k_scales, v_scales)
+        if out is None:
+            return result
+        owned = slice(int(cu_q[0]), int(cu_q[len(used)]))
+        out[owned] = result[owned]
+        return out
     if out is None:
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     _backend._C.paged_attention(  # type: ignore[union-attr]

@@ -26,12 +26,13 @@ def paged(
     v_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale q K^T) V for each row over the keys it sees; see ops.attention.paged."""
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    out = q.new_zeros(q.shape)
     page_size, group = k_pages.shape[3], q.shape[1] // k_pages.shape[1]
     for r, done in enumerate(cached.tolist()):
         start, end = int(cu_q[r]), int(cu_q[r + 1])
         for row in range(end - start):
-            keys = torch.tensor(_sees(row, done, mask, -1 if mask_start is None else int(mask_start[r]), window, end - start), dtype=torch.long)
+            seen = _sees(row, done, mask, -1 if mask_start is None else int(mask_start[r]), window, end - start)
+            keys = torch.tensor(seen, dtype=torch.long, device=q.device)
             page, offset = table[r, keys // page_size].long(), keys % page_size
             k, v = k_pages[page, :, :, offset].to(q.dtype), v_pages[page, :, offset, :].to(q.dtype)  # [keys, kv_heads, head_dim]
             if k_scales is not None and v_scales is not None:
@@ -48,7 +49,7 @@ def merge_states(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Te
     """Two results over disjoint keys as one; see ops.attention.merge_states."""
     lse = torch.logaddexp(lse_a, lse_b)
     shift = lse.masked_fill(lse == -torch.inf, 0.0)
-    out = torch.zeros(a.shape, dtype=lse.dtype)
+    out = lse.new_zeros(a.shape)
     for x, part in ((a, lse_a), (b, lse_b)):
         weight = (part - shift).exp()[..., None]
         out = out + torch.where(weight == 0, torch.zeros_like(out), weight * x.to(lse.dtype))
@@ -77,20 +78,28 @@ def masked(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scale: float | None = 
     return torch.stack(out, 2).to(q.dtype), torch.stack(lse, 2)
 
 
-def dense_sees(rows: int, keys: int, causal: bool, window: int | None) -> Tensor:
+def dense_sees(rows: int, keys: int, causal: bool, window: int | None, device: torch.device | None = None) -> Tensor:
     """[1, 1, rows, keys]: what dense attention lets each query see."""
-    away = torch.arange(rows)[:, None] + keys - rows - torch.arange(keys)
+    away = torch.arange(rows, device=device)[:, None] + keys - rows - torch.arange(keys, device=device)
     sees = away >= 0 if causal else torch.ones_like(away, dtype=torch.bool)
     return (sees if window is None else sees & (away.abs() < window))[None, None]
 
 
 def packed_sees(rows: int, keys: int, causal: bool, window: int | None, cu_q: Tensor, cu_k: Tensor) -> Tensor:
     """[1, 1, rows, keys]: what packed sequences let each query see."""
-    sees = torch.zeros(1, 1, rows, keys, dtype=torch.bool)
+    sees = cu_q.new_zeros(1, 1, rows, keys, dtype=torch.bool)
     for s in range(len(cu_q) - 1):
         q, k = slice(int(cu_q[s]), int(cu_q[s + 1])), slice(int(cu_k[s]), int(cu_k[s + 1]))
-        sees[..., q, k] = dense_sees(q.stop - q.start, k.stop - k.start, causal, window)
+        sees[..., q, k] = dense_sees(q.stop - q.start, k.stop - k.start, causal, window, cu_q.device)
     return sees
+
+
+def sees_of(q: Tensor, k: Tensor, causal: bool, window: int | None, cu_q: Tensor | None, cu_k: Tensor | None) -> Tensor:
+    """[1, 1, rows, keys]: what the arguments of `dense` let each query see."""
+    rows, keys = q.shape[1], k.shape[1]
+    if cu_q is None or cu_k is None:
+        return dense_sees(rows, keys, causal, window, q.device)
+    return packed_sees(rows, keys, causal, window, cu_q, cu_k)
 
 
 def dense(
@@ -98,9 +107,7 @@ def dense(
     softcap: float | None = None, cu_q: Tensor | None = None, cu_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale q K^T) V; see ops.attention.dense."""
-    rows, keys = q.shape[1], k.shape[1]
-    sees = dense_sees(rows, keys, causal, window) if cu_q is None or cu_k is None else packed_sees(rows, keys, causal, window, cu_q, cu_k)
-    return masked(q, k, v, sees, scale, softcap)
+    return masked(q, k, v, sees_of(q, k, causal, window, cu_q, cu_k), scale, softcap)
 
 
 def lists_sees(
@@ -108,7 +115,7 @@ def lists_sees(
 ) -> Tensor:
     """[list batch, list heads, rows, keys]: what lists of keys let each query see; see ops.attention.sparse_prefill."""
     batch, heads, pointers = interval_ptr.shape
-    sees = torch.zeros(batch, heads, rows, keys, dtype=torch.bool)
+    sees = columns.new_zeros(batch, heads, rows, keys, dtype=torch.bool)
     for b in range(batch):
         for h in range(heads):
             for i in range(pointers - 1):
@@ -116,7 +123,7 @@ def lists_sees(
                 for begin, end in intervals[int(interval_ptr[b, h, i]) : int(interval_ptr[b, h, i + 1])].tolist():
                     some[:, begin:end] = True
                 some[:, columns[int(column_ptr[b, h, i]) : int(column_ptr[b, h, i + 1])].long()] = True
-    return sees & dense_sees(rows, keys, causal, None)
+    return sees & dense_sees(rows, keys, causal, None, sees.device)
 
 
 def sparse_prefill(
@@ -131,7 +138,7 @@ def sparse_prefill(
 def lines_seen(verticals: Tensor, slashes: Tensor, rows: int, keys: int, block: int) -> Tensor:
     """[batch, heads, blocks, keys]: keys on vertical lines and in the shadow of a block along slashes; see ops.attention.lines_to_lists."""
     blocks = -(-rows // block)
-    sees = torch.zeros(*verticals.shape[:2], blocks, keys, dtype=torch.bool)
+    sees = verticals.new_zeros(*verticals.shape[:2], blocks, keys, dtype=torch.bool)
     for b in range(verticals.shape[0]):
         for h in range(verticals.shape[1]):
             for i in range(blocks):
@@ -159,32 +166,33 @@ def sums(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums of the attention weights by key, and by key position less query position; see ops.attention.sums."""
     rows, keys = q.shape[1], k.shape[1]
-    sees = dense_sees(rows, keys, causal, window) if cu_q is None or cu_k is None else packed_sees(rows, keys, causal, window, cu_q, cu_k)
-    a = weights(q, k, lse, sees, scale, softcap)
+    a = weights(q, k, lse, sees_of(q, k, causal, window, cu_q, cu_k), scale, softcap)
     by_diagonal = a.new_zeros(*a.shape[:2], max(rows + keys - 1, 0) if diagonals else 0)
     if diagonals:
-        index = torch.arange(keys) - torch.arange(rows)[:, None] + rows - 1
+        index = torch.arange(keys, device=q.device) - torch.arange(rows, device=q.device)[:, None] + rows - 1
         by_diagonal = by_diagonal.scatter_add(2, index.reshape(1, 1, -1).expand(*a.shape[:2], -1), a.flatten(2))
     return a.sum(2), by_diagonal
 
 
-def seen_along(queries: int, keys: int, window: int, stride: int, causal: bool) -> Tensor:
+def seen_along(queries: int, keys: int, window: int, stride: int, causal: bool, device: torch.device | None = None) -> Tensor:
     """[queries, keys]: what queries, the last of the keys, see along one axis of a grid; see ops.attention.attention3d."""
-    i, j = (torch.arange(queries) + keys - queries)[:, None], torch.arange(keys)
+    i, j = (torch.arange(queries, device=device) + keys - queries)[:, None], torch.arange(keys, device=device)
     run = i // stride * stride
     if causal:
         return (j <= i) & ((run + stride - 1).clamp(max=keys - 1) - j < (window or keys + stride))
     if window == 0:
-        return torch.ones(queries, keys, dtype=torch.bool)
+        return torch.ones(queries, keys, dtype=torch.bool, device=device)
     after = window // 2 - 1 + window % 2
     centre = (run + stride // 2).clamp(max=keys - 1).clamp(min=window // 2, max=keys - 1 - after)
     return (j >= centre - window // 2) & (j <= centre + after)
 
 
-def grid_sees(grid: Sequence[int], key_frames: int, window: Sequence[int], stride: Sequence[int], causal: bool) -> Tensor:
+def grid_sees(
+    grid: Sequence[int], key_frames: int, window: Sequence[int], stride: Sequence[int], causal: bool, device: torch.device | None = None
+) -> Tensor:
     """[rows, keys] over the flattened grid."""
     t, h, w = (
-        seen_along(n, m, window[axis], stride[axis], causal and axis == 0)
+        seen_along(n, m, window[axis], stride[axis], causal and axis == 0, device)
         for axis, (n, m) in enumerate(zip(grid, (key_frames, grid[1], grid[2]), strict=True))
     )
     sees = t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None, :]
@@ -211,7 +219,7 @@ def attention3d(
     if rope is not None:
         wq, wk = rotate_pairs(wq, rope[rope.shape[0] - q.shape[1] :]), rotate_pairs(wk, rope)
     key_frames = k.shape[1] // place if place else grid[0]
-    sees = grid_sees(grid, key_frames, window or (0, 0, 0), stride, causal)[None, None]
+    sees = grid_sees(grid, key_frames, window or (0, 0, 0), stride, causal, q.device)[None, None]
     out, lse = masked(wq, wk, wv, sees, scale, softcap)
     return out.to(q.dtype), lse
 
@@ -222,7 +230,7 @@ def with_probs(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`dense` and its weights; see ops.attention.with_probs."""
     out, lse = dense(q, k, v, scale, causal, window, softcap)
-    probs = weights(q, k, lse, dense_sees(q.shape[1], k.shape[1], causal, window), scale, softcap)
+    probs = weights(q, k, lse, dense_sees(q.shape[1], k.shape[1], causal, window, q.device), scale, softcap)
     return out, lse, probs.to(dtype or q.dtype)
 
 

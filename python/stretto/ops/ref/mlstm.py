@@ -105,12 +105,12 @@ def _recurrent(
     first = cu_seqlens.tolist() if cu_seqlens is not None else list(range(len(slots) + 1))
     count = [b - a for a, b in pairwise(first)] if counts is None else counts.tolist()
     i, f = _capped(_wide(i), gate_cap), _capped(_wide(f), gate_cap)
-    where, carried = torch.tensor(slots, dtype=torch.int64), tuple[Tensor, ...]((C, n, m))
+    where, carried = slot_ids.long(), tuple[Tensor, ...]((C, n, m))
     if not update:
-        where, carried = torch.arange(len(slots)), tuple(x[slot_ids.clamp(min=0).long()] for x in carried)
+        where, carried = torch.arange(len(slots), device=slot_ids.device), tuple(x[slot_ids.clamp(min=0).long()] for x in carried)
     for t in range(max(count, default=0)):
         active = [b for b in range(len(slots)) if slots[b] >= 0 and t < count[b]]
-        rows, at = torch.tensor([first[b] + t for b in active], dtype=torch.int64), where[active]
+        rows, at = torch.tensor([first[b] + t for b in active], dtype=torch.int64, device=k.device), where[active]
         state, a, b = _gates(i[rows], f[rows], carried[2][at], variant)
         weighted = b[..., None] * _wide(k[rows])
         carried[0][at] = a[..., None, None] * carried[0][at] + weighted[..., None] * _wide(v[rows])[..., None, :]

@@ -61,13 +61,13 @@ def _halves(raw: Tensor, at: int) -> Tensor:
 
 def _bits(data: Tensor, width: int) -> Tensor:
     """[..., bytes] -> [..., 8 / width, bytes]: run i holds bits [i * width, (i + 1) * width) of every byte."""
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8)[:, None]
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)[:, None]
     return (data[..., None, :] >> shifts) & ((1 << width) - 1)
 
 
 def _fifth(four: Tensor) -> Tensor:
     """[..., 4] bytes -> [..., 32]: bit i of the little-endian word, at position 4 of a byte."""
-    return ((four[..., :, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2) << 4
+    return ((four[..., :, None] >> torch.arange(8, dtype=torch.uint8, device=four.device)) & 1).flatten(-2) << 4
 
 
 def parse(raw: Tensor, fmt: str) -> Blocks:
@@ -133,10 +133,10 @@ def _pack_block(q: Tensor, bits: int) -> Tensor:
         return quads.flatten(-2)
     parts = [((quads[..., :4, :] & 15) | quads[..., 4:, :] << 4).flatten(-2)]
     if bits == 5:
-        shift = torch.arange(8, dtype=torch.uint8)[:, None]
+        shift = torch.arange(8, dtype=torch.uint8, device=q.device)[:, None]
         parts.append(((quads >> 4) << shift).sum(-2, dtype=torch.uint8))
     if bits == 6:
-        shift = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+        shift = torch.arange(0, 8, 2, dtype=torch.uint8, device=q.device)[:, None]
         parts.append(((quads.unflatten(-2, (2, 4)) >> 4) << shift).sum(-2, dtype=torch.uint8).flatten(-2))
     return torch.cat(parts, -1)
 
@@ -183,7 +183,7 @@ def unpack(packed: Tensor, fmt: str, n: int, k: int) -> Tensor:
     """The packed matrix as float32 [n, k]."""
     f = FORMATS[fmt]
     if n == 0:
-        return torch.empty(0, k)
+        return packed.new_empty(0, k, dtype=torch.float32)
     units = packed.view(-1, k // f.block, f.packed_bytes)
     if f.float_dtype is not None:
         return units.view(f.float_dtype).transpose(1, 2).flatten(0, 1)[:n].float()

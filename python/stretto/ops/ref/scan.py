@@ -21,9 +21,9 @@ def spans(cu_seqlens: Tensor | None, tokens: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def even(batch: int, length: int) -> Tensor:
-    """The cu_seqlens of a batch of equal lengths."""
-    return torch.arange(batch + 1, dtype=torch.int32) * length
+def even(x: Tensor) -> Tensor:
+    """The cu_seqlens of a batch [batch, length, ...] of equal lengths."""
+    return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
 
 
 def steps(cu_seqlens: Tensor | None, slots: Tensor | None, tokens: int) -> Iterator[tuple[int, int, int]]:
@@ -47,7 +47,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """(y, final): y[t] = act(bias + sum_k weight[k] x[t - K + 1 + k]); final holds the last K - 1 inputs of each sequence."""
     if x.dim() == 3:
-        y, final = causal_conv1d(x.flatten(0, 1), weight, bias, activation, initial, even(*x.shape[:2]))
+        y, final = causal_conv1d(x.flatten(0, 1), weight, bias, activation, initial, even(x))
         return y.view(x.shape), final
     channels, width = weight.shape
     ys, finals = [x[:0].to(weight.dtype)], [x.new_zeros(0, channels, width - 1, dtype=weight.dtype)]
@@ -113,7 +113,7 @@ def selective_scan(
     if u.dim() == 3:
         flat_u, flat_dt, flat_b, flat_c = (t.flatten(0, 1) for t in (u, dt, B, C))
         flat_z = None if z is None else z.flatten(0, 1)
-        y, last = selective_scan(flat_u, flat_dt, A, flat_b, flat_c, D, flat_z, dt_bias, softplus, h0, even(*u.shape[:2]))
+        y, last = selective_scan(flat_u, flat_dt, A, flat_b, flat_c, D, flat_z, dt_bias, softplus, h0, even(u))
         return y.view(u.shape), last
     delta, x = step_size(dt, dt_bias, softplus, A.dtype), u.to(A.dtype)
     b, c = per_channel(B.to(A.dtype), u.shape[1]), per_channel(C.to(A.dtype), u.shape[1])
@@ -173,7 +173,7 @@ def ssd(
     if x.dim() == 4:
         flat = [t.flatten(0, 1) for t in (x, dt, B, C)]
         gate = None if z is None else z.flatten(0, 1)
-        y, last = ssd(flat[0], flat[1], A, flat[2], flat[3], D, gate, dt_bias, softplus, h0, even(*x.shape[:2]), chunk)
+        y, last = ssd(flat[0], flat[1], A, flat[2], flat[3], D, gate, dt_bias, softplus, h0, even(x), chunk)
         return y.view(x.shape), last
     delta, v = step_size(dt, dt_bias, softplus, A.dtype), x.to(A.dtype)
     b, c = per_channel(B.to(A.dtype), x.shape[1]), per_channel(C.to(A.dtype), x.shape[1])

@@ -18,8 +18,8 @@ def valid(parent: list[int], n: int) -> bool:
 def ancestor_mask(parent: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """(mask int64 [B, N, ceil(N/64)], depth int32 [B, N])."""
     batch, nodes = parent.shape
-    ancestors = torch.zeros(batch, nodes, (nodes + 63) // 64 * 64, dtype=torch.bool)
-    depth = torch.zeros(batch, nodes, dtype=torch.int32)
+    ancestors = parent.new_zeros(batch, nodes, (nodes + 63) // 64 * 64, dtype=torch.bool)
+    depth = parent.new_zeros(batch, nodes, dtype=torch.int32)
     for b, (row, count) in enumerate(zip(parent.tolist(), n.tolist(), strict=True)):
         if not valid(row, count):
             depth[b] = -1
@@ -29,8 +29,8 @@ def ancestor_mask(parent: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
                 ancestors[b, i] = ancestors[b, row[i]]
                 depth[b, i] = depth[b, row[i]] + 1
             ancestors[b, i, i] = True
-    bits = ancestors.view(batch, nodes, (nodes + 63) // 64, 64).long() << torch.arange(64)
-    return bits.sum(-1).to(parent.device), depth.to(parent.device)
+    bits = ancestors.view(batch, nodes, (nodes + 63) // 64, 64).long() << torch.arange(64, device=parent.device)
+    return bits.sum(-1), depth
 
 
 def walk(next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +47,7 @@ def walk(next: Tensor, tokens: Tensor, parent: Tensor, n: Tensor) -> tuple[Tenso
         nodes = [0]
         while child := next_child(nodes[-1], wish[nodes[-1]], token, parents, count):
             nodes.append(child)
-        path[b, : len(nodes)] = torch.tensor(nodes)
+        path[b, : len(nodes)] = path.new_tensor(nodes)
         accepted[b], bonus[b] = len(nodes) - 1, max(wish[nodes[-1]], -1)
     return path, accepted, bonus
 
@@ -80,7 +80,7 @@ def verify(
         outcome = verify_one(p[b].double(), q[b].double(), tokens[b].tolist(), parent[b].tolist(), count, replacement, accept, draw)
         if outcome is not None:
             nodes, bonus[b] = outcome
-            path[b, : len(nodes)] = torch.tensor(nodes, dtype=path.dtype)
+            path[b, : len(nodes)] = path.new_tensor(nodes)
             accepted[b] = max(len(nodes) - 1, 0)
     return path, accepted, bonus
 
@@ -110,7 +110,7 @@ def verify_one(
             left = (left - law).clamp_min(0)
             left = left / left.sum() if left.sum() > ROUNDING else target
             if not replacement:
-                law = law.scatter(0, torch.tensor(x), 0.0)
+                law = law.scatter(0, torch.tensor(x, device=law.device), 0.0)
         else:
             return nodes, draw(depth, left)
     return nodes, -1
@@ -128,5 +128,5 @@ def select_top(scores: Tensor, parent: Tensor, keep: int) -> Tensor:
             least.append(min(score[i], least[parents[i]]) if parents[i] >= 0 and score[i] == score[i] else float("-inf"))
         ranked = sorted((i for i in range(1, count) if least[i] > float("-inf")), key=lambda i: (-least[i], i))
         chosen = sorted([0, *ranked[: keep - 1]])
-        out[b, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        out[b, : len(chosen)] = out.new_tensor(chosen)
     return out
