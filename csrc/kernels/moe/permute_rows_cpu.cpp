@@ -8,7 +8,7 @@
 namespace stretto::STRETTO_ISA {
 
 void permute_rows(const PermuteRowsParams& p) {
-  if (p.row_bytes == 0) return;  // an empty tensor may have no address, and memcpy wants one even for no bytes
+  if (p.row_bytes == 0) return;                         // an empty tensor may have no address, and memcpy wants one even for no bytes
   const int64_t grain = 65536 / (p.row_bytes + 1) + 1;  // about 64 KB a task
   parallel_for(0, p.rows, grain, [&](int64_t i) {
     const int64_t token = p.pairs[i] < 0 ? -1 : p.pairs[i] / p.k;
