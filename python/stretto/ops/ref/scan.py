@@ -231,8 +231,8 @@ def ssd_replay(
 
 def _gradients(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The gradient of function(*inputs) for each tensor among the inputs; no elements where there is none."""
-    with torch.enable_grad():
-        leaves = [t if t is None else t.detach().requires_grad_() for t in inputs]
+    with torch.inference_mode(False), torch.enable_grad():  # copies, since tensors made in inference mode have no gradients anywhere
+        leaves = [t if t is None else t.detach().clone().requires_grad_() for t in inputs]
         results = function(*leaves)
         pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
         wanted = [t for t in leaves if t is not None]
