@@ -74,6 +74,7 @@ def _grouped_linear(x: Tensor, offsets: Tensor, packed: Tensor, format: str, n: 
     if format not in FORMATS:
         raise NotImplementedError(f"{op}: format: {format!r}, expected one of {', '.join(FORMATS)}")
     check(gate in _GATES, f"{op}: gate: {gate!r}, expected one of {', '.join(_GATES)}")
+    check(n >= 0, f"{op}: n: {n}, expected at least 0")
     check(gate == "none" or n % 32 == 0, f"{op}: n: {n}, expected a multiple of 32 with a gate")
     sizes = check_tensors(op, x=(x, "rows k", F32), offsets=(offsets, "bounds", I32), packed=(packed, "experts bytes", U8))
     experts, k = sizes["experts"], sizes["k"]

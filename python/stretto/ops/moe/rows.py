@@ -29,7 +29,7 @@ def sort_by_expert(experts: Tensor, num_experts: int, multiple: int = 1) -> Sort
     Args:
         experts: [tokens, k] int32, each 0 to num_experts - 1, or -1 for a pair that goes nowhere.
         num_experts: 0 to 65536.
-        multiple: the rows of each expert are padded to a multiple of it.
+        multiple: 1 to 65536; the rows of each expert are padded to a multiple of it.
     Returns: SortedPairs with tokens * k rows, plus room for the padding; rows that hold no pair stand between the groups and at the end.
     Raises: ValueError naming the argument, what it is and what was expected.
     Reference: ops.ref.moe.sort_by_expert. Bound by latency.
@@ -65,8 +65,7 @@ def check_count(op: str, name: str, value: int, least: int = 0, most: int = MOST
 def _num_rows(op: str, pairs: int, num_experts: int, multiple: int) -> int:
     """Rows of the sorted matrix: known from sizes alone, so that a captured step and a trace can hold it."""
     check_count(op, "num_experts", num_experts)
-    if multiple < 1:
-        raise ValueError(f"{op}: multiple: {multiple}, expected at least 1")
+    check_count(op, "multiple", multiple, 1)
     rows = pairs + min(pairs, num_experts) * (multiple - 1)
     if rows >= 2**31:
         raise ValueError(f"{op}: multiple: {rows} rows with padding, expected less than 2^31")
