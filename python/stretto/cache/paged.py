@@ -178,7 +178,7 @@ class PagedCache:
 
     def _planes(self, *page: int, dtype: torch.dtype) -> Tensor:
         """[layers, pages, kv_heads, *page]. In memory a page's layers lie side by side, so that few huge pages of the system hold what few tokens
-        use; reading through them is a fifth faster than through small ones."""
+        use. What those gain depends on the machine: 2 to 18 % of the time of attention over 4,096 tokens were seen."""
         pages = ops.memory.empty(self.num_pages, self.shape.num_layers, self.shape.num_kv_heads, *page, dtype=dtype)
         return pages.transpose(0, 1)
 
